@@ -1,0 +1,59 @@
+"""Reads JSON Lines of texts and labels: `{"text": ..., "label": ...}`, one object a line."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from mmopt_kernels.errors import InputError
+
+
+@dataclass(frozen=True)
+class LabelledTexts:
+    """Texts and, where the file has them, the label of each as a string."""
+
+    texts: list[str]
+    labels: list[str] | None
+
+
+def read_texts(path: Path, *, text: str = "text", label: str | None = None) -> LabelledTexts:
+    """Read a JSON Lines file.
+
+    Args:
+        text: the key of the text.
+        label: the key of the label (a string, an integer or a boolean); None reads no labels.
+
+    Raises:
+        InputError: the file is missing, empty, not UTF-8, or a line is not an object with the
+            keys; the message names the line.
+    """
+    if not path.is_file():
+        raise InputError(f"{path} does not exist, expected a JSON Lines file.")
+    texts: list[str] = []
+    labels: list[str] = []
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text ({error.reason}).") from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path}, line {number}: not JSON ({error.msg}).") from error
+        if not isinstance(row, dict) or not isinstance(row.get(text), str):
+            raise InputError(
+                f'{path}, line {number}: expected an object with a string "{text}", got {line[:80]}'
+            )
+        texts.append(row[text])
+        if label is not None:
+            value = row.get(label)
+            if not isinstance(value, str | int):
+                raise InputError(
+                    f'{path}, line {number}: expected a "{label}" that is a string or an integer, '
+                    f"got {value!r}."
+                )
+            labels.append(str(value))
+    if not texts:
+        raise InputError(f"{path} has no lines, expected at least one text.")
+    return LabelledTexts(texts, labels if label is not None else None)

@@ -1,0 +1,215 @@
+"""Schemas, fakes, autograd, FLOP formulas and dispatch of the attention ops. Needs only torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from mmopt_kernels import _triton
+from mmopt_kernels.attention import cpu
+from mmopt_kernels.attention.reference import reference, reference_backward
+from mmopt_kernels.errors import KernelInputError
+
+IMPLS = ("auto", "reference", "cpu", "triton")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+# The widest head with a tile in kernel.config; wider ones would spill the accumulator.
+TRITON_MAX_HEAD_DIM = 256
+
+torch.library.define(
+    "mmopt::attention",
+    "(Tensor q, Tensor k, Tensor v, Tensor? lo, Tensor? hi, bool causal, float scale, str impl)"
+    " -> (Tensor out, Tensor lse)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+torch.library.define(
+    "mmopt::attention_backward",
+    "(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
+    " Tensor? lo, Tensor? hi, bool causal, float scale, str impl)"
+    " -> (Tensor dq, Tensor dk, Tensor dv)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def _triton_takes(q: Tensor) -> bool:
+    return q.dtype != torch.float64 and q.shape[3] <= TRITON_MAX_HEAD_DIM
+
+
+def _resolve(impl: str, q: Tensor, k: Tensor) -> str:
+    """The implementation to run. Only ``"auto"`` is free to choose; the others hold or raise."""
+    if impl == "auto":
+        if cpu.supported(q, k):
+            return "cpu"
+        if q.device.type == "cuda" and _triton_takes(q) and _triton.installed():
+            return "triton"
+        return "reference"
+    if impl == "cpu" and q.device.type != "cpu":
+        raise KernelInputError(
+            f"attention: impl is 'cpu' and q is on {q.device}, expected tensors on the CPU. "
+            "Move them, or leave impl out."
+        )
+    if impl == "triton":
+        _triton.require("attention", q.device)
+        if not _triton_takes(q):
+            raise KernelInputError(
+                f"attention: impl is 'triton' and q is {q.dtype} with head dimension {q.shape[3]}, "
+                f"expected float16, bfloat16 or float32 and at most {TRITON_MAX_HEAD_DIM}. "
+                "Cast q, k and v, or pass impl='reference'."
+            )
+    return impl
+
+
+def _unit_last_stride(x: Tensor) -> Tensor:
+    """Both fast kernels walk a row one element at a time; PyTorch's does so without checking."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _heads_last(x: Tensor) -> Tensor:
+    """``[B, H, S, D]`` stored as ``[B, S, H, D]``; no copy when it already is."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _empty_heads_last(x: Tensor) -> Tensor:
+    B, H, S, D = x.shape
+    return x.new_empty(B, S, H, D).transpose(1, 2)
+
+
+def _lse_dtype(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+@torch.library.register_fake("mmopt::attention")
+def _attention_fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lo: Tensor | None,
+    hi: Tensor | None,
+    causal: bool,
+    scale: float,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    return _empty_heads_last(q), q.new_empty(q.shape[:3], dtype=_lse_dtype(q))
+
+
+@torch.library.impl("mmopt::attention", "CompositeExplicitAutograd")
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lo: Tensor | None,
+    hi: Tensor | None,
+    causal: bool,
+    scale: float,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    chosen = _resolve(impl, q, k)
+    q, k, v = _unit_last_stride(q), _unit_last_stride(k), _unit_last_stride(v)
+    if chosen == "triton":
+        from mmopt_kernels.attention.kernel import launch  # first Triton import
+
+        return launch(q, k, v, lo, hi, causal, scale)
+    if chosen == "cpu" and cpu.supported(q, k):
+        out, lse = cpu.forward(q, k, v, lo, hi, causal, scale)
+    else:
+        out, lse = reference(q, k, v, lo, hi, causal, scale)
+    return _heads_last(out), lse.contiguous()
+
+
+@torch.library.register_fake("mmopt::attention_backward")
+def _attention_backward_fake(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    lo: Tensor | None,
+    hi: Tensor | None,
+    causal: bool,
+    scale: float,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty_heads_last(q), _empty_heads_last(k), _empty_heads_last(v)
+
+
+@torch.library.impl("mmopt::attention_backward", "CompositeExplicitAutograd")
+def _attention_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    lo: Tensor | None,
+    hi: Tensor | None,
+    causal: bool,
+    scale: float,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    chosen = _resolve(impl, q, k)
+    # PyTorch's CPU backward has no input for the gradient of lse.
+    if chosen == "cpu" and grad_lse is None and cpu.supported(q, k):
+        q, k, v = _unit_last_stride(q), _unit_last_stride(k), _unit_last_stride(v)
+        grad_out = _unit_last_stride(grad_out)
+        grads = cpu.backward(grad_out, q, k, v, out, lse, lo, hi, causal, scale)
+    else:
+        # The Triton forward pairs with this until its own backward exists (issue 4).
+        grads = reference_backward(grad_out, grad_lse, q, k, v, out, lse, lo, hi, causal, scale)
+    dq, dk, dv = grads
+    return _heads_last(dq), _heads_last(dk), _heads_last(dv)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, lo, hi, ctx.causal, ctx.scale, ctx.impl = inputs
+    ctx.save_for_backward(q, k, v, *output, lo, hi)
+    # An unused lse then has no gradient, instead of zeros that would cost the fast backward.
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+    q, k, v, out, lse, lo, hi = ctx.saved_tensors
+    if grad_out is None:
+        grad_out = torch.zeros_like(out)
+    grads = torch.ops.mmopt.attention_backward(
+        grad_out, grad_lse, q, k, v, out, lse, lo, hi, ctx.causal, ctx.scale, ctx.impl
+    )
+    return (*grads, None, None, None, None, None)
+
+
+torch.library.register_autograd("mmopt::attention", _differentiate, setup_context=_save)
+
+
+def _refuse_second_derivative(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    raise NotImplementedError(
+        "attention: a second derivative was requested, expected first derivatives only. "
+        "Drop create_graph=True, or use torch's attention for this term."
+    )
+
+
+# Without a formula PyTorch would drop the second-order term behind a warning.
+torch.library.register_autograd("mmopt::attention_backward", _refuse_second_derivative)
+
+
+# Two FLOPs for each multiply-add; every key counts, as PyTorch counts SDPA, because which keys
+# are visible is device data.
+def _flops(q: Any, k: Any, products: int) -> int:
+    B, Hq, S, D = q
+    return products * 2 * B * Hq * S * k[2] * D  # type: ignore[no-any-return]
+
+
+@register_flop_formula(torch.ops.mmopt.attention)
+def _attention_flops(q: Any, k: Any, *args: Any, **kwargs: Any) -> int:
+    return _flops(q, k, 2)  # scores, output
+
+
+@register_flop_formula(torch.ops.mmopt.attention_backward)
+def _attention_backward_flops(
+    grad_out: Any, grad_lse: Any, q: Any, k: Any, *args: Any, **kwargs: Any
+) -> int:
+    return _flops(q, k, 5)  # scores again, dp, dq, dk, dv

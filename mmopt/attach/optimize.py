@@ -1,0 +1,61 @@
+"""`mmopt.optimize`: one pass over the towers, one over the LoRA layers."""
+
+from typing import Any
+
+from mmopt.attach.attention import attach_attention
+from mmopt.attach.lora import attach_lora
+from mmopt.attach.report import OptimizationReport, Row
+from mmopt_kernels.errors import InputError
+
+
+def optimize(
+    model: Any, *, attention: bool = True, lora: bool = True, training: bool = True
+) -> OptimizationReport:
+    """Make `model` call mmopt's fused ops, in place, without changing what it computes.
+
+    Attention: every tower (the modules that share one config) that dispatches through
+    transformers' `AttentionInterface` gets the implementation `"mmopt"`. LoRA: every
+    `peft.tuners.lora.Linear` over a plain `nn.Linear` computes base and adapter in one op;
+    `set_adapter`, `disable_adapter`, merging, unloading and saving work as before. Calling it
+    again changes nothing more.
+
+    Args:
+        model: a transformers `PreTrainedModel` or a PEFT model around one; any device and dtype.
+        attention: attach the attention op.
+        lora: attach the LoRA op.
+        training: whether the model is to be trained. The attention op has no dropout, so a tower
+            with attention dropout is left alone; with False it is attached, and a training-mode
+            forward through it raises.
+
+    Returns:
+        A row per module: what it became, or why it was left alone. `undo()` reverts it.
+
+    Raises:
+        InputError: `model` is neither.
+    """
+    base = transformers_model(model)
+    rows: list[Row] = []
+    restorers = []
+    if attention:
+        found, restore = attach_attention(model, base, training=training)
+        rows += found
+        restorers.append(restore)
+    if lora:
+        found, restore = attach_lora(model)
+        rows += found
+        restorers.append(restore)
+    return OptimizationReport(rows=tuple(rows), _restorers=tuple(restorers))
+
+
+def transformers_model(model: Any) -> Any:
+    """The `PreTrainedModel` that `model` is or that PEFT wraps; InputError when there is none."""
+    from transformers import PreTrainedModel
+
+    unwrapped = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if isinstance(unwrapped, PreTrainedModel):
+        return unwrapped
+    raise InputError(
+        f"the model is a {type(model).__module__}.{type(model).__qualname__}, expected a "
+        "transformers PreTrainedModel or a PEFT model around one. Load it with a transformers "
+        "Auto class; attach mmopt_kernels' ops to other modules by calling them."
+    )

@@ -1,0 +1,1 @@
+"""Serves an artifact over HTTP: the Open Inference Protocol (V2) on one ONNX Runtime session."""

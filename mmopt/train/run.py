@@ -1,0 +1,260 @@
+"""One fine-tuning run, from top to bottom: data, model, adapter, training, test, save."""
+
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Group, RenderableType
+
+import mmopt
+from mmopt.train.recipe import Recipe
+from mmopt.train.trainer import CompiledTrainer
+from mmopt_export.checkpoint import (
+    TRAIN_RECORD,
+    load_base,
+    load_config,
+    load_tokenizer,
+    quiet_transformers,
+    resolve,
+    weights_sha256,
+)
+from mmopt_export.files import require_new_folder, sha256, staged_folder
+from mmopt_export.progress import Progress, silent
+from mmopt_export.texts import LabelledTexts, read_texts
+from mmopt_kernels.errors import InputError
+
+
+@dataclass(frozen=True)
+class TrainReport:
+    """What a run reached.
+
+    Attributes:
+        test_accuracy: share of right labels on the test data, the PyTorch model in fp32.
+        train_loss: mean over the run.
+        train_seconds: wall time of the training loop, compilation included.
+        trainable, parameters: counts of values.
+        attached: how many modules run mmopt's ops; 0 with `optimize: false`.
+        compiled: whether the training step was one compiled graph.
+    """
+
+    output: Path
+    labels: tuple[str, ...]
+    train_examples: int
+    test_examples: int
+    test_accuracy: float
+    train_loss: float
+    train_seconds: float
+    trainable: int
+    parameters: int
+    attached: int
+    compiled: bool
+
+    @property
+    def exit_code(self) -> int:
+        """0: the run ended; what it reached is for the caller to judge."""
+        return 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON values."""
+        return {**asdict(self), "output": str(self.output)}
+
+    def render(self) -> RenderableType:
+        """Lines for a terminal."""
+        share = self.trainable / self.parameters
+        step = "compiled" if self.compiled else "eager"
+        return Group(
+            f"trained {self.trainable:,} of {self.parameters:,} values ({share:.1%}) on "
+            f"{self.train_examples} texts in {self.train_seconds:.0f} s; {step}, "
+            f"{self.attached} modules on mmopt's ops",
+            f"test accuracy {self.test_accuracy:.2%} of {self.test_examples} texts",
+            f"adapter: {self.output}",
+        )
+
+
+def run_recipe(recipe: Recipe, *, progress: Progress = silent) -> TrainReport:
+    """Fine-tune, test and save the adapter into `recipe.output`, which appears whole or not at all.
+
+    Raises:
+        InputError: bad data, model or adapter settings, or the output is not new (exit 2).
+        CheckFailedError: an adapter whose gradient is zero, or a graph break (exit 1).
+        MmoptError: the hub cannot be reached, or the disk is full (exit 3).
+    """
+    # Setup
+    require_new_folder(recipe.output)
+    transformers.set_seed(recipe.training.seed)
+    train = read_texts(recipe.data.train, text=recipe.data.text, label=recipe.data.label)
+    test = read_texts(recipe.data.test, text=recipe.data.text, label=recipe.data.label)
+    labels = tuple(sorted(set(train.labels or ())))
+    _require_labels(recipe, labels, test)
+    with progress("load model", None):
+        folder = resolve(recipe.model)
+        base = _load_classifier(recipe, folder, labels)
+        tokenizer = load_tokenizer(folder)
+        if tokenizer is None:
+            raise InputError(f"{recipe.model} has no tokenizer. Save one beside it.")
+    model = _add_adapter(base, recipe)
+    attached = mmopt.optimize(model) if recipe.optimize else None
+
+    # Train
+    collator = transformers.DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8)
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = CompiledTrainer(
+            compile_step=recipe.compile,
+            model=model,
+            args=_arguments(recipe, Path(scratch), len(train.texts)),
+            train_dataset=_encode(tokenizer, train, labels, recipe.data.max_length),
+            data_collator=collator,
+        )
+        started = time.perf_counter()
+        with progress("train", None):
+            result = trainer.train()
+        seconds = time.perf_counter() - started
+
+        # Test
+        with progress("test", None):
+            predictions = trainer.predict(_encode(tokenizer, test, labels, recipe.data.max_length))
+    right = predictions.predictions.argmax(axis=-1) == predictions.label_ids
+
+    # Save
+    report = TrainReport(
+        output=recipe.output,
+        labels=labels,
+        train_examples=len(train.texts),
+        test_examples=len(test.texts),
+        test_accuracy=float(right.mean()),
+        train_loss=float(result.training_loss),
+        train_seconds=seconds,
+        trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        parameters=sum(p.numel() for p in model.parameters()),
+        attached=attached.attached if attached else 0,
+        compiled=recipe.compile,
+    )
+    if attached:
+        attached.undo()
+    _save(model, tokenizer, recipe, folder, report)
+    return report
+
+
+def _require_labels(recipe: Recipe, labels: tuple[str, ...], test: LabelledTexts) -> None:
+    if len(labels) < 2:
+        raise InputError(f"{recipe.data.train} has {len(labels)} label, expected two or more.")
+    if unknown := sorted(set(test.labels or ()) - set(labels)):
+        raise InputError(
+            f"{recipe.data.test} has the label {unknown[0]!r}, which {recipe.data.train} has not; "
+            f"expected one of: {', '.join(labels)}."
+        )
+
+
+def _load_classifier(recipe: Recipe, folder: Path, labels: tuple[str, ...]) -> Any:
+    config = load_config(folder)
+    if unknown := sorted(key for key in recipe.config if not hasattr(config, key)):
+        raise InputError(f"config.{unknown[0]} is not a setting of {type(config).__name__}.")
+    for key, value in recipe.config.items():
+        setattr(config, key, value)
+    config.id2label = dict(enumerate(labels))
+    config.label2id = {label: index for index, label in enumerate(labels)}
+    classes = transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    if type(config) not in classes:
+        raise InputError(
+            f"{recipe.model} is a {config.model_type} model, which transformers has no text "
+            "classifier for. Pass a text encoder such as BERT or RoBERTa."
+        )
+    architecture = classes[type(config)].__name__
+    config.architectures = [architecture]
+    model, missing = load_base(folder, config=config)
+    backbone = [key for key in missing if key.startswith(f"{model.base_model_prefix}.")]
+    # A pooler is part of the head for encoders that were saved without one.
+    if lost := [key for key in backbone if ".pooler." not in key]:
+        raise InputError(f"{recipe.model} has no weights for {lost[0]}. Pass a complete model.")
+    return model
+
+
+def _add_adapter(base: Any, recipe: Recipe) -> Any:
+    from peft import LoraConfig, TaskType, get_peft_model
+
+    adapter = recipe.adapter
+    names = {name.rpartition(".")[2] for name, _ in base.named_modules()}
+    wanted = [*adapter.train_whole]
+    if isinstance(adapter.targets, list):
+        wanted += [target.rpartition(".")[2] for target in adapter.targets]
+    if unknown := [name for name in wanted if name not in names]:
+        raise InputError(
+            f"adapter: {type(base).__name__} has no module called {unknown[0]}, "
+            f"expected one of: {', '.join(sorted(n for n in names if n and not n.isdigit()))}."
+        )
+    config = LoraConfig(
+        task_type=TaskType.SEQ_CLS,
+        r=adapter.rank,
+        lora_alpha=adapter.alpha,
+        lora_dropout=adapter.dropout,
+        target_modules=adapter.targets,
+        modules_to_save=[*adapter.train_whole] or None,
+    )
+    return get_peft_model(base, config)
+
+
+def _arguments(recipe: Recipe, scratch: Path, examples: int) -> transformers.TrainingArguments:
+    training = recipe.training
+    steps = int(examples // training.batch_size * training.epochs)
+    if steps == 0:
+        raise InputError(
+            f"{recipe.data.train} has {examples} texts, expected at least one batch of "
+            f"{training.batch_size}. Lower training.batch_size."
+        )
+    return transformers.TrainingArguments(
+        output_dir=str(scratch),
+        num_train_epochs=training.epochs,
+        per_device_train_batch_size=training.batch_size,
+        per_device_eval_batch_size=training.batch_size,
+        learning_rate=training.learning_rate,
+        weight_decay=training.weight_decay,
+        warmup_steps=int(steps * training.warmup),
+        seed=training.seed,
+        # A shorter last batch would be a second shape for the compiled step.
+        dataloader_drop_last=True,
+        train_sampling_strategy="group_by_length",
+        use_cpu=not torch.cuda.is_available(),
+        remove_unused_columns=False,  # the data has only what the model takes
+        save_strategy="no",
+        report_to=[],
+        logging_steps=max(1, steps // 10),
+        disable_tqdm=not sys.stderr.isatty(),
+        log_level="error",
+    )
+
+
+def _encode(
+    tokenizer: Any, data: LabelledTexts, labels: tuple[str, ...], max_length: int
+) -> list[Mapping[str, Any]]:
+    encoded = tokenizer(data.texts, truncation=True, max_length=max_length)
+    index = {label: number for number, label in enumerate(labels)}
+    columns = {**encoded, "labels": [index[label] for label in data.labels or ()]}
+    return [
+        {name: values[row] for name, values in columns.items()} for row in range(len(data.texts))
+    ]
+
+
+def _save(model: Any, tokenizer: Any, recipe: Recipe, base: Path, report: TrainReport) -> None:
+    with staged_folder(recipe.output) as folder, quiet_transformers():
+        model.save_pretrained(folder)
+        # The head's architecture and labels, which a PEFT adapter does not record.
+        model.get_base_model().config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        record = {
+            "base": recipe.model,
+            "base_sha256": weights_sha256(base),
+            "recipe": recipe.model_dump(mode="json"),
+            "result": report.to_dict(),
+            "files": {
+                path.name: sha256(path) for path in sorted(folder.iterdir()) if path.is_file()
+            },
+        }
+        text = json.dumps(record, indent=2, sort_keys=True)
+        (folder / TRAIN_RECORD).write_text(text + "\n", encoding="utf-8")

@@ -1,0 +1,234 @@
+"""Exports of a small real classifier with an adapter, held against PyTorch."""
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+import mmopt_export.parity
+from mmopt_export import Runner, export, load_checkpoint, read_manifest, verify
+from mmopt_export.texts import read_texts
+from mmopt_kernels.errors import CheckFailedError, InputError, MmoptError
+
+
+@pytest.fixture(scope="module")
+def fp32(classifier: Path, adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("export") / "fp32"
+    assert export(str(classifier), output, adapters=[str(adapter)]).exit_code == 0
+    return output
+
+
+def logits_of(model: str, adapters: list[str], texts: list[str]) -> np.ndarray:
+    """Logits of PEFT's own unmerged model, one text at a time: no padding, the oracle."""
+    checkpoint = load_checkpoint(model, adapters=adapters)
+    with torch.no_grad():
+        rows = [
+            checkpoint.model(**checkpoint.tokenizer(text, return_tensors="pt")).logits
+            for text in texts
+        ]
+    return torch.cat(rows).numpy()
+
+
+def test_fp32_artifact_gives_the_logits_of_the_unmerged_peft_model(
+    classifier: Path, adapter: Path, texts: Path, fp32: Path
+) -> None:
+    sentences = read_texts(texts).texts
+    expected = logits_of(str(classifier), [str(adapter)], sentences)
+    np.testing.assert_allclose(Runner(fp32).classify(sentences), expected, atol=1e-5, rtol=0)
+
+
+def test_the_adapter_changes_the_logits(classifier: Path, adapter: Path, texts: Path) -> None:
+    sentences = read_texts(texts).texts[:8]
+    with_adapter = logits_of(str(classifier), [str(adapter)], sentences)
+    without = logits_of(str(classifier), [], sentences)
+    assert np.abs(with_adapter - without).max() > 0.05
+
+
+def test_int8_artifact_runs_integer_matmuls_and_stays_close(artifact: Path) -> None:
+    graph = onnx.load(artifact / "model.onnx").graph
+    manifest = read_manifest(artifact)
+    assert manifest.quantization is not None
+    count = sum(node.op_type == "MatMulInteger" for node in graph.node)
+    assert count == manifest.quantization["matmuls"] > 0
+    report = verify(artifact)
+    assert report.exit_code == 0
+    assert all(stage.cosine is not None and stage.cosine > 0.99 for stage in report.stages)
+
+
+def test_batch_and_length_of_one_and_padding_do_not_change_a_row(fp32: Path) -> None:
+    runner = Runner(fp32)
+    together = runner.run(runner.tokenize(["a", "return the sum of two numbers"]))["logits"]
+    alone = runner.run(runner.tokenize(["a"]))["logits"]
+    np.testing.assert_allclose(together[:1], alone, atol=1e-5)
+
+
+def test_texts_longer_than_the_model_are_truncated(fp32: Path) -> None:
+    runner = Runner(fp32)
+    feeds = runner.tokenize(["graph " * 500])
+    assert feeds["input_ids"].shape == (1, runner.manifest.max_length) == (1, 64)
+    assert np.isfinite(runner.run(feeds)["logits"]).all()
+
+
+def test_two_exports_of_the_same_inputs_are_byte_identical(
+    classifier: Path, adapter: Path, fp32: Path, tmp_path: Path
+) -> None:
+    again = tmp_path / "fp32"
+    export(str(classifier), again, adapters=[str(adapter)])
+    names = sorted(path.name for path in fp32.iterdir())
+    assert names == sorted(path.name for path in again.iterdir())
+    for name in names:
+        assert (fp32 / name).read_bytes() == (again / name).read_bytes(), name
+
+
+def test_manifest_says_what_the_artifact_is_and_was_made_from(fp32: Path, adapter: Path) -> None:
+    manifest = read_manifest(fp32)
+    assert manifest.labels == ("class", "function", "method")
+    assert [spec.name for spec in manifest.inputs] == ["input_ids", "attention_mask"]
+    assert manifest.inputs[0].shape == ("batch", "sequence")
+    assert manifest.outputs[0].dtype == "float32"
+    assert set(manifest.files) == {path.name for path in fp32.iterdir()} - {"mmopt.json"}
+    (record,) = manifest.source.adapters
+    assert record["path"] == str(adapter)
+    assert set(record["scale"].values()) == {2.0}
+    assert dataclasses.asdict(manifest)["schema"] == 1
+
+
+def test_runner_and_verify_import_neither_torch_nor_transformers(artifact: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from mmopt_export import Runner, verify\n"
+        f"path = Path({str(artifact)!r})\n"
+        "Runner(path).classify(['a graph']); verify(path)\n"
+        "print(sorted({'torch', 'transformers'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.strip() == "[]", result.stderr
+
+
+def test_verify_measures_accuracy_on_labelled_texts(artifact: Path, texts: Path) -> None:
+    report = verify(artifact, data=texts)
+    data = read_texts(texts, label="label")
+    predicted = Runner(artifact).classify(data.texts).argmax(axis=1)
+    labels = read_manifest(artifact).labels
+    right = [labels[i] == label for i, label in zip(predicted, data.labels or (), strict=True)]
+    assert report.accuracy == pytest.approx(np.mean(right))
+    assert report.placement.keys() == {"CPUExecutionProvider"}
+
+
+def test_verify_names_an_unknown_label(artifact: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps({"text": "a", "label": "module"}))
+    with pytest.raises(InputError, match="'module', expected one of: class, function, method"):
+        verify(artifact, data=data)
+
+
+@pytest.mark.parametrize("change", ["flip", "truncate", "remove", "add", "link"])
+def test_a_changed_artifact_is_named_and_not_opened(
+    artifact: Path, tmp_path: Path, change: str
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(artifact, copy)
+    model = copy / "model.onnx"
+    expected = "model.onnx"
+    if change == "flip":
+        data = bytearray(model.read_bytes())
+        data[len(data) // 2] ^= 1
+        model.write_bytes(data)
+    elif change == "truncate":
+        model.write_bytes(model.read_bytes()[:-1])
+    elif change == "remove":
+        model.unlink()
+    elif change == "add":
+        (copy / "extra.bin").write_bytes(b"x")
+        expected = "extra.bin is not listed"
+    else:
+        model.rename(tmp_path / "elsewhere.onnx")
+        model.symlink_to(tmp_path / "elsewhere.onnx")
+        expected = "model.onnx leaves the folder"
+    with pytest.raises(CheckFailedError, match=expected):
+        verify(copy)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not valid JSON"),
+        ("[]", "no JSON object"),
+        ('{"schema": 2}', "schema version 2, expected 1"),
+        ('{"schema": 1}', "damaged"),
+    ],
+)
+def test_a_damaged_manifest_is_bad_input(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "mmopt.json").write_text(text)
+    with pytest.raises(InputError, match=message):
+        verify(tmp_path)
+
+
+def test_a_folder_without_manifest_is_no_artifact(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"not an artifact: it has no mmopt\.json"):
+        verify(tmp_path)
+
+
+def test_failed_parity_leaves_the_folder_marked_failed_and_unservable(
+    classifier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    impossible = mmopt_export.parity.Threshold(cosine=1.1, max_abs=None)
+    monkeypatch.setitem(mmopt_export.parity.THRESHOLDS, "int8", impossible)
+    output = tmp_path / "out"
+    report = export(str(classifier), output, precision="int8")
+    assert report.exit_code == 1
+    assert read_manifest(output).status == "failed"
+    with pytest.raises(InputError, match="marked failed"):
+        Runner(output)
+
+
+def test_an_artifact_for_a_newer_runtime_says_what_to_install(
+    artifact: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(artifact, copy)
+    dataclasses.replace(read_manifest(copy), minimum_onnxruntime="99.0").write(copy)
+    with pytest.raises(MmoptError, match=r"needs onnxruntime 99\.0 or newer"):
+        Runner(copy)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target": "tpu"}, "--target tpu is not known, expected one of: cpu"),
+        ({"precision": "fp16"}, "--precision fp16 is not available for target cpu"),
+        ({"precision": "int3"}, "no such precision"),
+        ({"calibration": Path("/nowhere.jsonl")}, "does not exist, expected a JSON Lines file"),
+    ],
+)
+def test_bad_options_are_refused_before_the_model_is_loaded(
+    tmp_path: Path, options: dict[str, object], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        export("/no/such/model", tmp_path / "out", **options)  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_architecture_that_is_not_a_text_classifier_is_refused_by_name(tmp_path: Path) -> None:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    config = ViTConfig(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        image_size=8,
+        patch_size=4,
+    )
+    folder = tmp_path / "vit"
+    ViTForImageClassification(config).save_pretrained(folder)
+    with pytest.raises(InputError, match="ViTForImageClassification"):
+        export(str(folder), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

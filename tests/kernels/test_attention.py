@@ -1,0 +1,390 @@
+"""mmopt::attention against its float64 oracle, and the promises of its docstring."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from mmopt_kernels import Intervals, KernelInputError, attention
+from mmopt_kernels.attention.ops import _resolve
+from mmopt_kernels.attention.reference import reference
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+IMPLS = ["triton", "reference"] if DEVICE == "cuda" else ["triton", "cpu", "reference"]
+# Rounding of the output (and of the probabilities, in the 16-bit paths) on values near 1; sums
+# over the rows make the gradients larger by the same relative error.
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+@dataclass(frozen=True)
+class Case:
+    B: int = 2
+    Hq: int = 2
+    Hkv: int = 2
+    S: int = 33
+    T: int = 33
+    D: int = 16
+    mask: str = "full"
+    causal: bool = False
+
+    def __str__(self) -> str:
+        causal = "-causal" if self.causal else ""
+        return f"B{self.B}-H{self.Hq}:{self.Hkv}-S{self.S}-T{self.T}-D{self.D}-{self.mask}{causal}"
+
+    def intervals(self) -> Intervals | None:
+        lengths = torch.arange(self.B) * 3 + self.T // 2
+        if self.mask == "full":
+            return None
+        if self.mask in ("left", "right"):
+            return Intervals.key_padding(lengths, self.S, T=self.T, side=self.mask)
+        if self.mask == "packed":
+            # Documents of 7 queries, shared by the batch.
+            start = torch.arange(self.S, dtype=torch.int32)[None] // 7 * 7
+            return Intervals(start, start + 7)
+        assert self.mask == "random"
+        g = torch.Generator().manual_seed(3)
+        lo = torch.randint(-2, self.T, (self.B, self.S), generator=g, dtype=torch.int32)
+        # Row 0 sees nothing, others may see nothing or reach beyond the last key.
+        length = torch.randint(0, self.T, (self.B, self.S), generator=g, dtype=torch.int32)
+        length[:, 0] = 0
+        return Intervals(lo, lo + length)
+
+
+CASES = [
+    Case(causal=True),
+    Case(B=1, Hq=4, Hkv=2, S=130, T=130, D=40, causal=True),
+    Case(Hq=4, Hkv=1, S=7, T=200, D=80, causal=True),
+    Case(S=40, T=9, D=16, causal=True),
+    Case(S=1, T=70, D=24, mask="right", causal=True),
+    Case(S=65, T=65, D=8, mask="left", causal=True),
+    Case(S=150, T=150, D=16, mask="packed"),
+    Case(Hq=6, Hkv=2, S=37, T=150, D=72, mask="random"),
+    Case(S=31, T=33, D=96, mask="full"),
+]
+
+
+def inputs(case: Case, dtype: torch.dtype, requires_grad: bool = True) -> list[Tensor]:
+    """q, k, v with heads and sequence exchanged in memory, as projections leave them."""
+    g = torch.Generator().manual_seed(1)
+    shapes = [(case.S, case.Hq), (case.T, case.Hkv), (case.T, case.Hkv)]
+    return [
+        torch.randn(case.B, n, h, case.D, generator=g, dtype=torch.float64)
+        .to(DEVICE, dtype)
+        .transpose(1, 2)
+        .requires_grad_(requires_grad)
+        for n, h in shapes
+    ]
+
+
+def on_device(intervals: Intervals | None) -> Intervals | None:
+    if intervals is None:
+        return None
+    return Intervals(intervals.lo.to(DEVICE), intervals.hi.to(DEVICE))
+
+
+def oracle(case: Case, q: Tensor, k: Tensor, v: Tensor, grad: Tensor, grad_lse: Tensor | None):
+    """Output, lse and gradients in float64, by PyTorch's own differentiation."""
+    wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    bounds = on_device(case.intervals())
+    lo, hi = (None, None) if bounds is None else (bounds.lo, bounds.hi)
+    out, lse = reference(*wide, lo, hi, case.causal, case.D**-0.5)
+    loss = (out * grad.double()).sum()
+    if grad_lse is not None:
+        loss = loss + (lse.masked_fill(lse.isinf(), 0.0) * grad_lse.double()).sum()
+    return out, lse, torch.autograd.grad(loss, wide)
+
+
+def assert_near(got: Tensor, want: Tensor, dtype: torch.dtype) -> None:
+    assert got.isfinite().all()
+    limit = TOLERANCE[dtype] * max(1.0, want.abs().max().item())
+    assert (got.double() - want).abs().max().item() <= limit
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_attention_matches_the_float64_oracle(case: Case, dtype: torch.dtype, impl: str) -> None:
+    """out, lse, dq, dk, dv; finite, with empty rows exactly zero."""
+    q, k, v = inputs(case, dtype)
+    grad = torch.randn_like(q)
+    want, want_lse, want_grads = oracle(case, q, k, v, grad, None)
+    out, lse = attention(
+        q, k, v, intervals=on_device(case.intervals()), causal=case.causal,
+        return_lse=True, impl=impl,
+    )  # fmt: skip
+    grads = torch.autograd.grad((out * grad).sum(), (q, k, v))
+    assert out.dtype == dtype
+    assert lse.dtype == torch.float32
+    assert out.transpose(1, 2).is_contiguous()
+    assert lse.is_contiguous()
+    assert_near(out, want, dtype)
+    seen = want_lse.isfinite()
+    assert torch.equal(lse == float("-inf"), ~seen)
+    # lse is float32 whatever the inputs; PyTorch's CPU kernel approximates exp for 16 bits.
+    assert (lse[seen] - want_lse[seen]).abs().max().item() < (1e-5 if impl != "cpu" else 3e-4)
+    assert not out[~seen].any()
+    assert not grads[0][~seen].any()
+    for got, expected in zip(grads, want_grads, strict=True):
+        assert got.dtype == dtype
+        assert_near(got, expected, dtype)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_gradient_flows_through_lse(impl: str) -> None:
+    """The gradient of lse joins that of the output, and an empty row's stays out."""
+    case = Case(mask="random", causal=True)
+    q, k, v = inputs(case, torch.float32)
+    grad, grad_lse = torch.randn_like(q), torch.randn_like(q[..., 0])
+    _, want_lse, want = oracle(case, q, k, v, grad, grad_lse)
+    out, lse = attention(
+        q, k, v, intervals=on_device(case.intervals()), causal=True, return_lse=True, impl=impl
+    )
+    masked = lse.masked_fill(want_lse.isinf(), 0.0)
+    for only_lse in (False, True):
+        loss = (masked * grad_lse).sum() + (0.0 if only_lse else (out * grad).sum())
+        grads = torch.autograd.grad(loss, (q, k, v), retain_graph=True)
+        if only_lse:
+            want = oracle(case, q, k, v, torch.zeros_like(grad), grad_lse)[2]
+        for got, expected in zip(grads, want, strict=True):
+            assert_near(got, expected, torch.float32)
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_float64_gradients_pass_gradcheck(impl: str) -> None:
+    case = Case(B=1, Hq=2, Hkv=1, S=4, T=5, D=3, mask="random")
+    q, k, v = inputs(case, torch.float64)
+    bounds = on_device(case.intervals())
+    seen = torch.ones(1, 2, 4, device=DEVICE)
+    seen[:, :, 0] = 0  # an empty row's lse is -inf: it has no finite difference
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        out, lse = attention(q, k, v, intervals=bounds, return_lse=True, impl=impl)
+        return out, lse.masked_fill(lse.isinf(), 0.0) * seen
+
+    assert torch.autograd.gradcheck(call, (q, k, v))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("mask", ["full", "random"])
+def test_nan_around_the_inputs_neither_leaks_in_nor_is_touched(impl: str, mask: str) -> None:
+    """Views into NaN-filled buffers read only themselves, and nothing is written."""
+    case = Case(Hq=4, Hkv=2, S=19, T=37, D=24, mask=mask, causal=True)
+    clean = inputs(case, torch.float32, requires_grad=False)
+    buffers, views = [], []
+    for x in clean:
+        B, H, N, D = x.shape
+        buffer = torch.full((B + 2, N + 5, H + 2, D + 7), float("nan"), device=DEVICE)
+        view = buffer[1 : B + 1, 2 : N + 2, 1 : H + 1, 3 : D + 3].transpose(1, 2)
+        view.copy_(x)
+        buffers.append(buffer)
+        views.append(view)
+    before = [b.clone() for b in buffers]
+    leaves = [x.detach().requires_grad_() for x in views]
+    bounds = on_device(case.intervals())
+    out = attention(*leaves, intervals=bounds, causal=True, impl=impl)
+    grads = torch.autograd.grad(out.sum(), leaves)
+    dense = [x.clone().requires_grad_() for x in clean]
+    want = attention(*dense, intervals=bounds, causal=True, impl="reference")
+    torch.testing.assert_close(out, want, atol=2e-5, rtol=0)
+    wanted = torch.autograd.grad(want.sum(), dense)
+    for got, expected in zip(grads, wanted, strict=True):
+        torch.testing.assert_close(got, expected, atol=5e-5, rtol=0)
+    for now, then in zip(buffers, before, strict=True):
+        assert torch.equal(now.isnan(), then.isnan())
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_free_strides_give_the_same_result(impl: str) -> None:
+    """Expanded heads, a reversed layout and a last stride that is not 1 are all inputs."""
+    case = Case(S=10, T=12, D=16)
+    q, k, v = inputs(case, torch.float32, requires_grad=False)
+    strided = q.transpose(2, 3).contiguous().transpose(2, 3).requires_grad_()
+    shared = k[:, :1].expand(-1, 2, -1, -1)
+    plain = [q.requires_grad_(), shared.contiguous(), v]
+    weight = torch.randn(16, 10, device=DEVICE).t()  # the output's gradient is strided as well
+    out, want = attention(strided, shared, v, impl=impl), attention(*plain, impl="reference")
+    torch.testing.assert_close(out, want, atol=1e-5, rtol=0)
+    (got,) = torch.autograd.grad((out * weight).sum(), strided)
+    (expected,) = torch.autograd.grad((want * weight).sum(), q)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(("S", "T"), [(0, 4), (3, 0)])
+def test_empty_sequences_give_empty_or_zero_outputs(impl: str, S: int, T: int) -> None:
+    q, k, v = inputs(Case(S=S, T=T, D=8), torch.float32)
+    out, lse = attention(q, k, v, return_lse=True, impl=impl)
+    assert out.shape == q.shape
+    assert not out.any()
+    assert (lse == float("-inf")).all()
+    out.sum().backward()
+    assert not q.grad.any()
+    assert k.grad.shape == k.shape
+
+
+def test_agrees_with_sdpa() -> None:
+    q, k, v = inputs(Case(S=20, T=20), torch.float32, requires_grad=False)
+    want = scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3)
+    torch.testing.assert_close(attention(q, k, v, causal=True, scale=0.3), want)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_opcheck(impl: str) -> None:
+    """Schema, fake, autograd and AOT tracing agree for both ops."""
+    case = Case(S=9, T=11, D=8, mask="random", causal=True)
+    bounds = on_device(case.intervals())
+    args = (bounds.lo, bounds.hi, True, 0.3, impl)
+    q, k, v = inputs(case, torch.float32)
+    torch.library.opcheck(torch.ops.mmopt.attention.default, (q, k, v, *args))
+    q, k, v = (x.detach() for x in (q, k, v))
+    out, lse = torch.ops.mmopt.attention(q, k, v, *args)
+    for grad_lse in (None, torch.randn_like(lse)):
+        torch.library.opcheck(
+            torch.ops.mmopt.attention_backward.default,
+            (torch.randn_like(out), grad_lse, q, k, v, out, lse, *args),
+        )
+
+
+@pytest.mark.parametrize("impl", ["auto", "triton"])
+def test_one_compiled_graph_serves_varying_lengths(impl: str) -> None:
+    """fullgraph, and no recompilation when the lengths change."""
+
+    def step(q: Tensor, k: Tensor, v: Tensor, bounds: Intervals) -> Tensor:
+        seen = bounds & Intervals.causal(q.shape[2], k.shape[2], device=q.device)
+        return attention(q, k, v, intervals=seen, impl=impl).transpose(1, 2).flatten(2)
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True)
+    for n, S in enumerate((9, 14, 21)):
+        case = Case(S=S, T=S + 3, mask="right")
+        q, k, v = inputs(case, torch.float32)
+        bounds = on_device(case.intervals())
+        strict = torch._dynamo.config.patch(error_on_recompile=True)
+        with strict if n else contextlib.nullcontext():
+            out = compiled(q, k, v, bounds)
+            grads = torch.autograd.grad(out.square().sum(), (q, k, v))
+        want = step(q, k, v, bounds)
+        torch.testing.assert_close(out, want)
+        wanted = torch.autograd.grad(want.square().sum(), (q, k, v))
+        for got, expected in zip(grads, wanted, strict=True):
+            torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_checkpointing_gives_the_same_gradients() -> None:
+    case = Case(mask="left")
+    q, k, v = inputs(case, torch.float32)
+    bounds = on_device(case.intervals())
+    want = torch.autograd.grad(attention(q, k, v, intervals=bounds).sum(), (q, k, v))
+    out = checkpoint(lambda *x: attention(*x, intervals=bounds), q, k, v, use_reentrant=False)
+    for got, expected in zip(torch.autograd.grad(out.sum(), (q, k, v)), want, strict=True):
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_autocast_computes_in_its_dtype_and_returns_gradients_in_the_inputs(impl: str) -> None:
+    q, k, v = inputs(Case(causal=True), torch.float32)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        out = attention(q, k, v, causal=True, impl=impl)
+        grads = torch.autograd.grad(out.float().sum(), (q, k, v))
+    assert out.dtype == torch.bfloat16
+    assert all(g.dtype == torch.float32 for g in grads)
+    narrow = [x.detach().bfloat16().requires_grad_() for x in (q, k, v)]
+    plain = attention(*narrow, causal=True, impl=impl)
+    assert torch.equal(out, plain)
+
+
+def test_second_derivative_is_refused() -> None:
+    q, k, v = inputs(Case(S=3, T=3), torch.float32)
+    (dq,) = torch.autograd.grad(attention(q, k, v).sum(), q, create_graph=True)
+    with pytest.raises(NotImplementedError, match="second derivative"):
+        dq.sum().backward()
+
+
+def test_flop_formula_counts_like_sdpa() -> None:
+    q, k, v = inputs(Case(B=1, Hq=2, Hkv=2, S=8, T=12, D=16), torch.float32)
+    with FlopCounterMode(display=False) as ours:
+        attention(q, k, v).sum().backward()
+    assert ours.get_total_flops() == (2 + 5) * 2 * 2 * 8 * 12 * 16
+
+
+def test_constructors_describe_the_masks_they_name() -> None:
+    """Each constructor, and the intersection, against the dense mask it stands for."""
+
+    def dense(i: Intervals, T: int) -> Tensor:
+        j = torch.arange(T)
+        return (j >= i.lo[..., None]) & (j < i.hi[..., None])
+
+    tril = torch.ones(4, 6, dtype=torch.bool).tril(2)
+    assert torch.equal(dense(Intervals.causal(4, 6), 6)[0], tril)
+    keep = torch.tensor([[1, 1, 1, 0, 0, 0], [0, 0, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0]])
+    rows = keep.bool()[:, None].expand(-1, 4, -1)
+    padded = Intervals.key_padding(keep, 4)
+    assert torch.equal(dense(padded, 6), rows)
+    assert torch.equal(dense(padded & Intervals.causal(4, 6), 6), rows & tril)
+    lengths, j = torch.tensor([3, 4]), torch.arange(6).expand(2, 4, 6)
+    right = Intervals.key_padding(lengths, 4, T=6)
+    assert torch.equal(dense(right, 6), j < lengths.view(2, 1, 1))
+    left = Intervals.key_padding(lengths, 4, T=6, side="left")
+    assert torch.equal(dense(left, 6), j >= 6 - lengths.view(2, 1, 1))
+    again = Intervals.from_dense(rows & tril)
+    assert torch.equal(dense(again, 6), rows & tril)
+
+
+def test_mask_with_a_hole_names_its_first_row() -> None:
+    mask = torch.ones(2, 3, 5, dtype=torch.bool)
+    mask[1, 2, 1] = False
+    with pytest.raises(KernelInputError, match="mask row 2 of sequence 1 has a hole") as error:
+        Intervals.from_dense(mask)
+    assert "1 rows break this" in str(error.value)
+    with pytest.raises(KernelInputError, match="has a hole"):
+        Intervals.key_padding(torch.tensor([[1, 0, 1]]))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": (2, 2, 5)}, r"q has shape \(2, 2, 5\), expected \[B, Hq, S, D\]"),
+        ({"k": (2, 2, 5, 16)}, r"k has shape \(2, 2, 5, 16\), expected \[2, Hkv, T, 8\]"),
+        ({"v": (2, 2, 6, 8)}, r"v has shape \(2, 2, 6, 8\), expected \(2, 2, 5, 8\) like k"),
+        ({"k": (2, 3, 5, 8), "v": (2, 3, 5, 8)}, "k has 3 heads, expected a divisor of the 2"),
+    ],
+)
+def test_mismatched_shape_error_names_both(change: dict[str, tuple[int, ...]], message: str):
+    shapes = {"q": (2, 2, 5, 8), "k": (2, 2, 5, 8), "v": (2, 2, 5, 8)} | change
+    with pytest.raises(KernelInputError, match=message):
+        attention(*(torch.zeros(s) for s in shapes.values()))
+
+
+def test_other_unusable_arguments_are_named() -> None:
+    q = torch.zeros(2, 2, 5, 8)
+    with pytest.raises(KernelInputError, match=r"k is torch.float16 on cpu, expected torch"):
+        attention(q, q.half(), q)
+    with pytest.raises(KernelInputError, match=r"q has dtype torch.int64, expected float16"):
+        attention(q.long(), q, q)
+    with pytest.raises(KernelInputError, match=r"intervals have shape \(1, 4\), expected \[2 or"):
+        attention(q, q, q, intervals=Intervals.causal(4))
+    with pytest.raises(KernelInputError, match="impl is 'fast', expected one of auto, reference"):
+        attention(q, q, q, impl="fast")
+    with pytest.raises(KernelInputError, match=r"lo has dtype torch.int64, expected torch.int32"):
+        Intervals(torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, 4, dtype=torch.int32))
+    with pytest.raises(KernelInputError, match=r"T is None, expected the number of keys"):
+        Intervals.key_padding(torch.tensor([3, 4]), 4)
+
+
+def test_explicit_impl_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    wide = torch.zeros(1, 1, 2, 8, dtype=torch.float64, device=DEVICE)
+    with pytest.raises(KernelInputError, match=r"impl is 'triton' and q is torch.float64"):
+        attention(wide, wide, wide, impl="triton")
+    meta = torch.zeros(1, 1, 2, 8, device="meta")
+    with pytest.raises(KernelInputError, match="impl is 'cpu' and q is on meta"):
+        _resolve("cpu", meta, meta)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    q = torch.zeros(1, 1, 2, 8)
+    with pytest.raises(KernelInputError, match=r"tensors are on cpu, expected a GPU.*INTERPRET"):
+        attention(q, q, q, impl="triton")

@@ -1,0 +1,263 @@
+"""`mmopt.compile` and `mmopt compile`: one graph, equal results, and said so when not."""
+
+import json
+
+import pytest
+import torch
+import typer
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+from transformers.modeling_outputs import BaseModelOutput
+from typer.testing import CliRunner
+
+import mmopt
+from mmopt.cli.compile import compile_command
+from mmopt.cli.output import command
+from mmopt.compilation import parity
+from mmopt.compilation.inputs import example_batch
+from mmopt_kernels.errors import CheckFailedError, InputError
+
+SMALL = {
+    "vocab_size": 99,
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+}
+
+
+def bert():
+    torch.manual_seed(0)
+    config = BertConfig(**SMALL, attention_probs_dropout_prob=0.0, num_labels=3)
+    return BertForSequenceClassification(config).eval()
+
+
+def llama():
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**SMALL, num_key_value_heads=2)).eval()
+
+
+def with_adapter(model):
+    model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.2)
+    return model.eval()
+
+
+def batch_of(model, length, *, rows=3):
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return example_batch(base, batch=rows, length=length, train=True)
+
+
+@pytest.mark.parametrize("factory", [bert, llama], ids=["bert", "llama-gqa"])
+def test_one_graph_trains_at_every_length_and_matches_eager(factory):
+    """Attention and LoRA attached: outputs, loss and gradients; no break, no recompile."""
+    model = with_adapter(factory())
+    lengths = {length: batch_of(model, length) for length in (12, 7, 15)}
+    expected = {}
+    for length, batch in lengths.items():
+        output = model(**batch)
+        loss = mmopt.compilation.model.loss_of(output)
+        expected[length] = output.logits, parity.gradients(loss, model)
+
+    mmopt.optimize(model)
+    compiled = mmopt.compile(model, lengths[12], mode="train")
+    for length, batch in lengths.items():
+        output = compiled(**batch)
+        logits, grads = expected[length]
+        torch.testing.assert_close(output.logits, logits, rtol=1e-4, atol=1e-5)
+        got = parity.gradients(mmopt.compilation.model.loss_of(output), model)
+        assert parity.compare("gradients", grads, got).holds
+    assert compiled.graph_breaks == ()
+    assert compiled.recompiles == ()
+    assert compiled.module is model
+
+    # What PEFT changes at run time is guarded: the compiled model follows.
+    with model.disable_adapter(), torch.no_grad():
+        torch.testing.assert_close(
+            compiled(**batch).logits, model(**batch).logits, rtol=1e-4, atol=1e-5
+        )
+    assert compiled.recompiles
+    assert "disable_adapters" in str(compiled.recompiles)
+
+
+def test_compiled_mask_with_a_gap_is_refused():
+    """By an assertion in the graph, translated on the way out."""
+    model = bert()
+    mmopt.optimize(model)
+    batch = batch_of(model, 12)
+    compiled = mmopt.compile(model, batch, mode="infer")
+    batch["attention_mask"][0, 3] = 0
+    with pytest.raises(InputError, match=r"keys with a gap between them.*impl='sdpa'"):
+        compiled(**batch)
+
+
+class BrokenModel(PreTrainedModel):
+    config_class = PreTrainedConfig
+    main_input_name = "x"
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.layer = nn.Linear(4, 4)
+        self.post_init()
+
+    def forward(self, x, shift=0.0):
+        y = self.layer(x)
+        if y.sum() > 1e9:  # the deliberate break
+            y = y + 1
+        return BaseModelOutput(last_hidden_state=y + shift)
+
+
+def test_graph_break_is_named_with_file_and_line():
+    """An error by default; counted and run in pieces when allowed."""
+    model = BrokenModel(PreTrainedConfig())
+    batch = {"x": torch.randn(3, 4)}
+    with open(__file__, encoding="utf-8") as file:
+        line = next(i for i, text in enumerate(file, 1) if "# the deliberate break" in text)
+    with pytest.raises(CheckFailedError, match=rf"(?s)test_compile\.py:{line}: .*allow_breaks"):
+        mmopt.compile(model, batch)
+
+    compiled = mmopt.compile(model, batch, mode="infer", allow_breaks=True)
+    (found,) = compiled.graph_breaks
+    assert (found.file, found.line) == (__file__, line)
+    assert compiled.recompiles == ()
+    torch.testing.assert_close(
+        compiled(**batch).last_hidden_state, model(**batch).last_hidden_state
+    )
+
+
+def test_recompile_is_named_with_its_reason():
+    """A batch of one where two were promised free."""
+    model = bert()
+    compiled = mmopt.compile(model, batch_of(model, 12), mode="infer")
+    compiled(**batch_of(model, 12, rows=1))
+    (found,) = compiled.recompiles
+    assert found.line > 0
+    assert "size" in found.reason
+
+
+def test_bad_arguments_are_refused_with_one_message():
+    """What was wrong, what was expected."""
+    model, good = bert(), batch_of(bert(), 8)
+    with pytest.raises(InputError, match="Linear, expected a transformers PreTrainedModel"):
+        mmopt.compile(nn.Linear(2, 2), {})
+    with pytest.raises(InputError, match="expected 'train' or 'infer'"):
+        mmopt.compile(model, good, mode="fast")
+    with pytest.raises(InputError, match="is a list, expected a mapping"):
+        mmopt.compile(model, [1, 2])
+    with pytest.raises(InputError, match=r"rejects the example batch \(pixel_values \(2, 3\)\)"):
+        mmopt.compile(model, {"pixel_values": torch.zeros(2, 3)})
+    with pytest.raises(InputError, match=r"rejects the example batch .* IndexError"):
+        mmopt.compile(model, {**good, "input_ids": good["input_ids"] + 1000})
+    with pytest.raises(InputError, match="no parameter of the model requires a gradient"):
+        mmopt.compile(model.requires_grad_(False), good)
+
+
+def test_parity_names_the_worst_and_never_passes_a_nan():
+    """Finiteness first; rounding noise beside large gradients is not an error."""
+    reference = {"a": torch.tensor([2.0, 1.0]), "noise": torch.tensor([1e-9])}
+    close = {"a": torch.tensor([2.0, 1.00001]), "noise": torch.tensor([-1e-9])}
+    assert parity.compare("g", reference, close).holds
+    off = parity.compare("g", reference, {**close, "a": torch.tensor([2.0, 1.5])})
+    assert (off.worst, off.error, off.holds) == ("a", 0.25, False)
+    broken = parity.compare("g", reference, {**close, "noise": torch.tensor([float("nan")])})
+    assert (broken.worst, broken.error, broken.holds) == ("noise", None, False)
+    missing = parity.compare("g", reference, {"a": reference["a"]})
+    assert (missing.worst, missing.holds) == ("noise", False)
+
+
+def test_made_up_batches_fit_or_say_why():
+    """The length must fit the positions; other modalities need the caller's batch."""
+    batch = example_batch(bert(), batch=4, length=8, train=False)
+    assert batch["input_ids"].shape == (4, 8)
+    assert batch["attention_mask"].sum(1).tolist() == [8, 6, 8, 6]
+    with pytest.raises(InputError, match="length is 1000, expected 2 to 512"):
+        example_batch(bert(), batch=4, length=1000, train=False)
+    with pytest.raises(InputError, match="BrokenModel reads x, expected input_ids or pixel_values"):
+        example_batch(BrokenModel(PreTrainedConfig()), batch=4, length=8, train=False)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A tiny BERT with a tokenizer, and an adapter for it."""
+    folder = tmp_path_factory.mktemp("model")
+    model = bert()
+    model.save_pretrained(folder / "base")
+    words = {f"w{i}": i for i in range(98)} | {"[UNK]": 98}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="w0"
+    ).save_pretrained(folder / "base")
+    with_adapter(model).save_pretrained(folder / "adapter")
+    return folder
+
+
+def cli(*arguments):
+    app = typer.Typer()
+    app.command()(command(compile_command))
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def compile_arguments(checkpoint, *more):
+    return (
+        *(checkpoint / "base", "--adapter", checkpoint / "adapter"),
+        *("--batch", 2, "--length", 8, "--rounds", 3),
+        *more,
+    )
+
+
+def test_cli_reports_one_json_document(checkpoint):
+    """Attached, one graph, equal, timed."""
+    result = cli(*compile_arguments(checkpoint, "--json"))
+    assert result.exit_code == 0, result.output
+    document = json.loads(result.stdout)
+    assert document["optimization"]["attached"] == len(document["optimization"]["rows"]) > 1
+    assert document["graph_breaks"] == document["recompiles"] == []
+    assert [group["holds"] for group in document["parity"]] == [True, True]
+    assert [len(x["samples"]) for x in document["seconds"].values()] == [3, 3, 3]
+
+
+@pytest.mark.slow
+def test_cli_trains_and_compares_gradients(checkpoint):
+    """Mode train: the loss and every gradient, for both lengths."""
+    result = cli(*compile_arguments(checkpoint, "--mode", "train", "--json"))
+    assert result.exit_code == 0, result.output
+    document = json.loads(result.stdout)
+    groups = {group["group"]: group["tensors"] for group in document["parity"]}
+    assert groups["gradients"] > 2
+    assert {"outputs", "loss"} < set(groups)
+
+
+def test_cli_exits_1_and_names_the_worst_tensor_when_results_differ(checkpoint, monkeypatch):
+    """The verdict comes from the numbers."""
+    monkeypatch.setattr(
+        "mmopt.compilation.checkpoint.tensors_of",
+        lambda output: {"logits": output.logits + torch.rand(()) * 10},
+    )
+    result = cli(*compile_arguments(checkpoint))
+    assert result.exit_code == 1
+    assert "outputs: DO NOT MATCH eager" in result.stdout
+    assert "worst of 1 is logits" in " ".join(result.stdout.split())
+
+
+def test_cli_refuses_bad_input_with_one_message(checkpoint, tmp_path):
+    """Exit 2, no traceback, the same in JSON."""
+    result = cli(tmp_path, "--json")
+    assert result.exit_code == 2
+    assert json.loads(result.stdout)["exit_code"] == 2
+    assert "Traceback" not in result.output
+    assert cli(checkpoint / "base", "--batch", 1).exit_code == 2
+    assert cli(checkpoint / "base", "--mode", "fast").exit_code == 2

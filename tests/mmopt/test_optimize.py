@@ -1,0 +1,558 @@
+"""`mmopt.optimize`: transformers and PEFT, left as they were, are the oracle."""
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BloomConfig,
+    BloomForCausalLM,
+    CLIPConfig,
+    CLIPModel,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+import mmopt
+from mmopt.attach import attention as plumbing
+from mmopt_kernels.errors import InputError
+
+SMALL = {
+    "vocab_size": 99,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+}
+
+
+def bert(**changes):
+    config = BertConfig(**{**SMALL, "attention_probs_dropout_prob": 0.0, **changes}, num_labels=3)
+    return BertForSequenceClassification(config)
+
+
+def vit():
+    return ViTForImageClassification(ViTConfig(**SMALL, image_size=16, patch_size=8, num_labels=3))
+
+
+def gpt2():
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=99, n_embd=32, n_layer=2, n_head=4, attn_pdrop=0.0)
+    )
+
+
+def llama(**changes):
+    return LlamaForCausalLM(LlamaConfig(**SMALL, num_key_value_heads=2, **changes))
+
+
+def mistral():
+    return MistralForCausalLM(MistralConfig(**SMALL, num_key_value_heads=2, sliding_window=4))
+
+
+def clip(**text):
+    parts = {key: value for key, value in SMALL.items() if key != "vocab_size"}
+    return CLIPModel(
+        CLIPConfig(
+            text_config={**SMALL, "eos_token_id": 98, "max_position_embeddings": 32, **text},
+            vision_config={**parts, "image_size": 16, "patch_size": 8},
+            projection_dim=16,
+        )
+    )
+
+
+def text(padding=None, labels=None):
+    """Ids `[3, 11]`; a mask with 4 padded tokens in row 0; labels of classes or of tokens."""
+    torch.manual_seed(1)
+    batch = {"input_ids": torch.randint(5, 98, (3, 11))}
+    if padding is not None:
+        batch["attention_mask"] = torch.ones(3, 11, dtype=torch.int64)
+        batch["attention_mask"][0, slice(-4, None) if padding == "right" else slice(0, 4)] = 0
+    if labels == "classes":
+        batch["labels"] = torch.tensor([0, 2, 1])
+    if labels == "tokens":
+        batch["labels"] = batch["input_ids"].clone()
+        if padding is not None:
+            batch["labels"][batch["attention_mask"] == 0] = -100
+    return batch
+
+
+def images():
+    torch.manual_seed(1)
+    return {"pixel_values": torch.randn(3, 3, 16, 16), "labels": torch.tensor([0, 2, 1])}
+
+
+def packed():
+    """Two documents in each row, told by position ids alone."""
+    batch = text(labels="tokens")
+    batch["position_ids"] = torch.tensor([[*range(4), *range(7)]]).expand(3, -1).contiguous()
+    return {**batch, "use_cache": False}
+
+
+CASES = {
+    "bert": (bert, lambda: text(labels="classes")),
+    "bert-right-padding": (bert, lambda: text("right", "classes")),
+    "vit": (vit, images),
+    "gpt2": (gpt2, lambda: text(labels="tokens")),
+    "gpt2-left-padding": (gpt2, lambda: text("left", "tokens")),
+    "llama-gqa": (llama, lambda: text(labels="tokens")),
+    "llama-gqa-left-padding": (llama, lambda: text("left", "tokens")),
+    "llama-gqa-packed": (llama, packed),
+    "mistral-sliding-window-right-padding": (mistral, lambda: text("right", "tokens")),
+    "clip": (clip, lambda: {**text("right"), **images(), "return_loss": True}),
+}
+
+
+def build(factory, *, lora=False):
+    torch.manual_seed(0)
+    model = factory().eval()
+    if lora:
+        targets = "all-linear" if not isinstance(model, GPT2LMHeadModel) else ["c_attn"]
+        model = get_peft_model(model, LoraConfig(r=4, target_modules=targets))
+        randomize(model)
+    return model
+
+
+def randomize(model):
+    """Give every B a value: as initialized they are zero and the adapter has no effect."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.2)
+
+
+def run(model, batch):
+    batch = {k: v for k, v in batch.items() if not (k == "labels" and "return_loss" in batch)}
+    output = model(**batch)
+    trained = {name: x for name, x in model.named_parameters() if x.requires_grad}
+    grads = torch.autograd.grad(output.loss, list(trained.values()), allow_unused=True)
+    logits = output.logits if hasattr(output, "logits") else output.logits_per_text
+    mask = batch.get("attention_mask")
+    if mask is not None and logits.dim() == 3:
+        logits = logits[mask.bool()]  # what stands at padding nobody reads
+    return logits, output.loss, dict(zip(trained, grads, strict=True))
+
+
+def assert_same(got, expected):
+    torch.testing.assert_close(got[0], expected[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got[1], expected[1], rtol=1e-5, atol=1e-6)
+    assert got[2].keys() == expected[2].keys()
+    for name, gradient in expected[2].items():
+        if gradient is None:
+            assert got[2][name] is None, name
+        else:
+            torch.testing.assert_close(
+                got[2][name], gradient, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+            )
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("case", CASES)
+def test_outputs_loss_and_every_gradient_match_untouched(case, lora):
+    """Attached or not, a model computes the same."""
+    factory, batch = CASES[case]
+    model = build(factory, lora=lora)
+    expected = run(model, batch())
+    report = mmopt.optimize(model)
+    assert report.attached > 0
+    assert_same(run(model, batch()), expected)
+
+
+@pytest.mark.parametrize("case", ["llama-gqa-left-padding", "llama-gqa-packed", "bert"])
+def test_masks_are_bounds_or_nothing(case, monkeypatch):
+    """The attention function gets int32 bounds, or None where causal or full says it all."""
+    factory, batch = CASES[case]
+    model = build(factory)
+    mmopt.optimize(model)
+    seen = []
+
+    def spy(module, query, key, value, attention_mask, **kwargs):
+        seen.append(attention_mask)
+        return plumbing.interval_attention(module, query, key, value, attention_mask, **kwargs)
+
+    from transformers import AttentionInterface
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, plumbing.NAME, spy)
+    model(**batch())
+    assert len(seen) == 2
+    for mask in seen:
+        if case == "bert":
+            assert mask is None
+        else:
+            assert mask.dtype == torch.int32
+            assert mask.shape == (3, 1, 11, 2)
+
+
+def test_blocks_of_queries_give_the_same_bounds(monkeypatch):
+    """Eager mode evaluates the mask in blocks; a block of one row is the extreme."""
+    keep = text("left")["attention_mask"].bool()
+    arguments = {"batch_size": 3, "q_length": 11, "kv_length": 11, "attention_mask": keep}
+    whole = plumbing.interval_mask(**arguments)
+    monkeypatch.setattr(plumbing, "_BLOCK_ELEMENTS", 1)
+    torch.testing.assert_close(plumbing.interval_mask(**arguments), whole, rtol=0, atol=0)
+    assert whole[0, 0, :5].tolist() == [[0, 0]] * 4 + [[4, 5]]
+
+
+def test_generation_with_a_cache_gives_the_same_tokens():
+    """Prefill, then one query against all cached keys."""
+    model = build(llama)
+    batch = text("left")
+    expected = model.generate(**batch, max_new_tokens=5, do_sample=False, pad_token_id=0)
+    mmopt.optimize(model)
+    got = model.generate(**batch, max_new_tokens=5, do_sample=False, pad_token_id=0)
+    assert got.tolist() == expected.tolist()
+
+
+def test_bool_mask_that_the_caller_prepared_is_reduced():
+    """transformers passes a 4-D mask on as it is."""
+    model = build(llama)
+    keep = text("right")["attention_mask"].bool()
+    mask = torch.ones(11, 11, dtype=torch.bool).tril()[None, None] & keep[:, None, None, :]
+    batch = {**text(), "attention_mask": mask}
+    expected = model(**batch).logits
+    mmopt.optimize(model)
+    torch.testing.assert_close(model(**batch).logits, expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(InputError, match=r"float32 \(3, 1, 11, 11\), expected the bounds"):
+        model(**{**batch, "attention_mask": torch.zeros(3, 1, 11, 11)})
+
+
+@pytest.mark.parametrize("factory", [bert, llama], ids=["bert", "llama"])
+def test_mask_with_a_gap_is_refused(factory):
+    """Not an interval: the message names the way out."""
+    model = build(factory)
+    mmopt.optimize(model)
+    batch = text("right")
+    batch["attention_mask"][1, 3] = 0
+    with pytest.raises(InputError, match=r"keys with a gap between them.*impl='sdpa'"):
+        model(**batch)
+
+
+def test_assertion_text_fits_in_a_c_string():
+    """Inductor does not escape it."""
+    assert not set('"\\\n') & set(plumbing.NOT_INTERVALS)
+
+
+def test_undo_restores_and_can_be_repeated():
+    """Same implementation, same forwards, nothing left behind."""
+    model = build(clip, lora=True)
+    before = {
+        name: (set(vars(module)), getattr(module, "config", None) and attn(module))
+        for name, module in model.named_modules()
+    }
+    report = mmopt.optimize(model)
+    assert attn(model.base_model.model.text_model) == "mmopt"
+    report.undo()
+    report.undo()
+    after = {
+        name: (set(vars(module)), getattr(module, "config", None) and attn(module))
+        for name, module in model.named_modules()
+    }
+    assert after == before
+
+
+def attn(module):
+    return getattr(module.config, "_attn_implementation", None)
+
+
+def test_optimizing_again_changes_nothing_and_its_report_can_undo():
+    """The second report knows what the first replaced."""
+    model = build(llama, lora=True)
+    expected = run(model, text(labels="tokens"))
+    first = mmopt.optimize(model)
+    second = mmopt.optimize(model)
+    assert second.rows == first.rows
+    assert_same(run(model, text(labels="tokens")), expected)
+    second.undo()
+    assert model.config._attn_implementation == "sdpa"
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_undo_leaves_a_later_choice_alone():
+    """The caller switched to eager in between."""
+    model = build(llama)
+    report = mmopt.optimize(model)
+    model.set_attn_implementation("eager")
+    report.undo()
+    assert model.config._attn_implementation == "eager"
+
+
+def test_towers_are_reported_and_decided_one_by_one():
+    """One tower's dropout does not keep the other from the op; the composite keeps its masks."""
+    model = build(lambda: clip(attention_dropout=0.1))
+    report = mmopt.optimize(model)
+    rows = {row.name: row for row in report.rows}
+    assert rows["vision_model"].became == "mmopt::attention"
+    assert rows["text_model"].became is None
+    assert "attention_dropout is 0.1" in rows["text_model"].reason
+    assert attn(model) == "sdpa"
+    batch = {**text("right"), **images()}
+    del batch["labels"]
+    expected = build(lambda: clip(attention_dropout=0.1))(**batch).logits_per_text
+    torch.testing.assert_close(model(**batch).logits_per_text, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_attention_dropout_is_left_alone_or_refused():
+    """Never dropped in silence."""
+    model = build(lambda: bert(attention_probs_dropout_prob=0.1))
+    (row,) = mmopt.optimize(model).rows
+    assert (row.became, row.kind) == (None, "attention")
+    assert "attention_probs_dropout_prob is 0.1" in row.reason
+
+    (row,) = mmopt.optimize(model, training=False).rows
+    assert row.became == "mmopt::attention"
+    model(**text())
+    with pytest.raises(InputError, match=r"attention dropout is 0\.1 in training"):
+        model.train()(**text())
+
+
+def test_output_attentions_is_refused():
+    """The weights are never formed; None would be a silent lie."""
+    model = build(llama)
+    mmopt.optimize(model)
+    with pytest.raises(InputError, match="asks for output_attentions"):
+        model(**text(), output_attentions=True)
+
+
+class NoDispatchAttention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.project = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.project(x)
+
+
+class NoDispatchModel(PreTrainedModel):
+    config_class = PreTrainedConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.layer = NoDispatchAttention(config)
+        self.post_init()
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+@pytest.mark.parametrize(
+    ("factory", "reason"),
+    [
+        (lambda: NoDispatchModel(PreTrainedConfig()), "AttentionInterface"),
+        (
+            lambda: BloomForCausalLM(
+                BloomConfig(vocab_size=99, hidden_size=32, n_layer=1, n_head=2)
+            ),
+            "AttentionInterface",
+        ),
+        (lambda: Gemma2ForCausalLM(Gemma2Config(**SMALL, head_dim=8)), "does not take sdpa"),
+        (
+            lambda: T5ForConditionalGeneration(
+                T5Config(vocab_size=99, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4)
+            ),
+            "does not support other attention backends",
+        ),
+    ],
+    ids=["own-class", "bloom", "gemma2-softcap", "t5"],
+)
+def test_attention_that_the_op_cannot_serve_is_left_alone(factory, reason):
+    """With the reason in the report, and the implementation as it was."""
+    model = factory()
+    before = model.config._attn_implementation
+    report = mmopt.optimize(model)
+    assert report.attached == 0
+    assert report.rows
+    assert all(reason in row.reason for row in report.rows)
+    assert model.config._attn_implementation == before
+
+
+def two_adapters(**changes):
+    model = get_peft_model(
+        build(bert), LoraConfig(r=4, target_modules=["query", "value"], **changes), "first"
+    )
+    model.add_adapter("second", LoraConfig(r=2, lora_alpha=5, target_modules=["query", "key"]))
+    randomize(model)
+    return model.eval()
+
+
+def test_peft_operations_keep_their_results(tmp_path):
+    """set_adapter, several at once, disable_adapter, merge, unmerge, save, unload."""
+    model = two_adapters()
+    plain = copy.deepcopy(model)
+    mmopt.optimize(model)
+    batch = text("right")
+
+    def same():
+        torch.testing.assert_close(
+            model(**batch).logits, plain(**batch).logits, rtol=1e-5, atol=1e-6
+        )
+
+    same()
+    for each in (model, plain):
+        each.set_adapter("second")
+    same()
+    for each in (model, plain):
+        each.base_model.set_adapter(["first", "second"])
+    same()
+    with model.disable_adapter(), plain.disable_adapter():
+        same()
+    names = ["first", "second", "__base__"]
+    torch.testing.assert_close(
+        model(**batch, adapter_names=names).logits, plain(**batch, adapter_names=names).logits
+    )
+    for each in (model, plain):
+        each.base_model.set_adapter("first")
+        each.merge_adapter()
+    same()
+    for each in (model, plain):
+        each.unmerge_adapter()
+    same()
+    for each, folder in ((model, "attached"), (plain, "plain")):
+        each.save_pretrained(tmp_path / folder)
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        files = [tmp_path / folder / "first" / name for folder in ("attached", "plain")]
+        assert files[0].read_bytes() == files[1].read_bytes()
+    model, plain = model.merge_and_unload(), plain.merge_and_unload()
+    same()
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_saved_config_does_not_name_mmopt(tmp_path):
+    """A checkpoint saved while attached loads where mmopt is not installed."""
+    model = build(bert)
+    mmopt.optimize(model)
+    model.save_pretrained(tmp_path)
+    assert "mmopt" not in (tmp_path / "config.json").read_text()
+
+
+def test_copy_of_an_attached_model_is_attached_to_itself():
+    """A bound method copied shallowly would run the original's weights."""
+    model = build(bert, lora=True)
+    mmopt.optimize(model)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert other(**text()).logits.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "targets", "became", "reason"),
+    [
+        ({}, ["query"], True, None),
+        ({"use_rslora": True}, ["query"], True, None),
+        ({"lora_dropout": 0.1}, ["query"], True, "lora_dropout 0.1: PEFT's forward in training"),
+        ({"use_dora": True}, ["query"], False, "adapter 'default' is Dora"),
+        ({"lora_bias": True}, ["query"], False, "adapter 'default' has lora_bias"),
+        ({}, ["word_embeddings"], False, "peft's Embedding layer is not covered"),
+    ],
+    ids=["plain", "rslora", "dropout", "dora", "lora-bias", "embedding"],
+)
+def test_lora_rows_say_what_became_of_each_layer(changes, targets, became, reason):
+    """And whatever became of them, training or not, gradients are PEFT's."""
+    torch.manual_seed(0)
+    model = get_peft_model(build(bert), LoraConfig(r=4, target_modules=targets, **changes))
+    randomize(model)
+    plain = copy.deepcopy(model)
+    rows = [row for row in mmopt.optimize(model).rows if row.kind == "lora"]
+    assert rows
+    for row in rows:
+        assert (row.became == "mmopt::lora_linear") is became
+        assert (row.reason or "").startswith(reason or "")
+        assert bool(row.reason) is bool(reason)
+    for training in (False, True):
+        results = []
+        for each in (model, plain):
+            torch.manual_seed(3)
+            results.append(run(each.train(training), text("right", "classes")))
+        assert_same(*results)
+
+
+def test_conv1d_base_is_left_alone():
+    """GPT-2 stores its projections transposed."""
+    rows = [row for row in mmopt.optimize(build(gpt2, lora=True)).rows if row.kind == "lora"]
+    assert rows
+    assert all(row.reason == "its base layer is Conv1D, expected nn.Linear" for row in rows)
+
+
+def test_hooks_on_the_layers_within_still_run():
+    """The op would not call them."""
+    model = build(bert, lora=True)
+    mmopt.optimize(model)
+    seen = []
+    layer = model.base_model.model.bert.encoder.layer[0].attention.self.query
+    layer.base_layer.register_forward_hook(lambda *_: seen.append("base"))
+    layer.lora_A["default"].register_forward_pre_hook(lambda *_: seen.append("a"))
+    model(**text())
+    assert seen == ["base", "a"]
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["attention", "lora"])
+def test_autocast_matches_eager_under_autocast(lora):
+    """bfloat16 carries 8 bits; eager itself is as far from float32."""
+    model = build(llama, lora=lora)
+    plain = copy.deepcopy(model)
+    mmopt.optimize(model)
+    batch = text("right", "tokens")
+    with torch.autocast("cpu", torch.bfloat16):
+        got, expected = model(**batch), plain(**batch)
+    assert got.logits.dtype == expected.logits.dtype
+    torch.testing.assert_close(got.logits, expected.logits, rtol=3e-2, atol=3e-2)
+
+
+def test_report_renders_and_counts():
+    """Rows in full for machines, folded for people."""
+    report = mmopt.optimize(build(bert, lora=True))
+    document = report.to_dict()
+    assert document["attached"] == report.attached == len(report.rows)
+    assert document["rows"][0] == {
+        "name": "base_model.model",
+        "kind": "attention",
+        "became": "mmopt::attention",
+        "reason": None,
+    }
+    assert report.render().row_count == 2
+    assert report.exit_code == 0
+
+
+def test_choosing_one_kind():
+    """attention=False and lora=False leave the other alone."""
+    model = build(bert, lora=True)
+    assert {row.kind for row in mmopt.optimize(model, attention=False).rows} == {"lora"}
+    assert model.config._attn_implementation == "sdpa"
+    assert {row.kind for row in mmopt.optimize(model, lora=False).rows} == {"attention"}
+
+
+def test_other_modules_are_refused():
+    """One message: what it was, what was expected."""
+    with pytest.raises(InputError, match=r"torch\.nn\.modules\.linear\.Linear, expected a trans"):
+        mmopt.optimize(nn.Linear(2, 2))
+
+
+def test_importing_mmopt_imports_neither_torch_nor_transformers():
+    """`mmopt --help` answers at once; the lazy names stay functions."""
+    code = (
+        "import sys, mmopt\n"
+        "assert not {'torch', 'transformers', 'peft'} & set(sys.modules)\n"
+        "assert sorted(mmopt.__all__) == mmopt.__all__\n"
+        "import mmopt.attach, mmopt.compilation, mmopt.cli.compile\n"
+        "assert all(callable(getattr(mmopt, n)) for n in mmopt.__all__ if n[0] != '_')\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

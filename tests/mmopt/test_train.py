@@ -1,0 +1,153 @@
+"""A recipe is checked whole, a run leaves a complete adapter or nothing."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from mmopt.train import read_recipe, run_recipe
+from mmopt_export import load_checkpoint
+from mmopt_kernels.errors import CheckFailedError, InputError
+
+
+@pytest.fixture
+def recipe(classifier: Path, texts: Path, tmp_path: Path) -> Path:
+    """A recipe of a few steps on the tiny classifier."""
+    document: dict[str, Any] = {
+        "model": str(classifier),
+        "task": "text-classification",
+        "data": {"train": str(texts), "test": str(texts), "max_length": 16},
+        "output": str(tmp_path / "adapter"),
+        "adapter": {"rank": 4, "alpha": 8, "targets": ["query", "value"]},
+        "training": {"epochs": 12, "batch_size": 8, "learning_rate": 0.02},
+        "compile": False,
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(document))
+    return path
+
+
+def test_a_run_learns_and_saves_what_export_can_load(
+    recipe: Path, classifier: Path, texts: Path, tmp_path: Path
+) -> None:
+    """The label is the first word of each text: a working run must learn it."""
+    report = run_recipe(read_recipe(recipe))
+    assert report.test_accuracy > 0.9
+    assert report.attached > 0
+    output = tmp_path / "adapter"
+    record = json.loads((output / "mmopt-train.json").read_text())
+    assert record["result"]["test_accuracy"] == report.test_accuracy
+    assert "adapter_model.safetensors" in record["files"]
+
+    checkpoint = load_checkpoint(str(classifier), adapters=[str(output)])
+    rows = [json.loads(line) for line in texts.read_text().splitlines()]
+    batch = checkpoint.tokenizer([row["text"] for row in rows], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        predicted = checkpoint.model(**batch).logits.argmax(-1)
+    names = checkpoint.model.config.id2label
+    right = [names[int(i)] == row["label"] for i, row in zip(predicted, rows, strict=True)]
+    assert sum(right) / len(right) == report.test_accuracy
+
+
+def test_optimized_and_plain_runs_reach_the_same_weights(recipe: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    weights = []
+    for name, optimize in (("on", "true"), ("off", "false")):
+        output = tmp_path / name
+        overrides = [f"output={output}", f"optimize={optimize}", "training.epochs=1"]
+        # Dropout draws differ in order between the two; without it the runs are comparable.
+        overrides += ["config.hidden_dropout_prob=0.0"]
+        run_recipe(read_recipe(recipe, overrides))
+        weights.append(load_file(output / "adapter_model.safetensors"))
+    on, off = weights
+    assert on.keys() == off.keys()
+    for key in on:
+        torch.testing.assert_close(on[key], off[key], atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_the_compiled_step_is_one_graph_and_learns(recipe: Path) -> None:
+    report = run_recipe(read_recipe(recipe, ["compile=true"]))
+    assert report.compiled
+    assert report.test_accuracy > 0.9
+
+
+def test_every_fault_of_a_recipe_is_named_at_once(recipe: Path) -> None:
+    with pytest.raises(InputError) as caught:
+        read_recipe(recipe, ["training.epochs=-1", "adapter.rnak=8", "task=poetry"])
+    message = str(caught.value)
+    assert "training.epochs" in message
+    assert "adapter.rnak" in message
+    assert "task" in message
+    assert "text-classification" in message
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training", "expected key=value"),
+        ("model.name=x", "model is not a section"),
+        ("model=[", "not valid YAML"),
+    ],
+)
+def test_a_malformed_set_says_what_is_expected(recipe: Path, override: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        read_recipe(recipe, [override])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model=/no/such/model", "does not exist"),
+        ("data.train=/no/such.jsonl", "does not exist, expected a JSON Lines file"),
+        ("data.label=kind", 'expected a "kind"'),
+        ("adapter.targets=[qery]", "no module called qery"),
+        ("config.no_such_setting=1", "config.no_such_setting is not a setting of BertConfig"),
+        ("training.batch_size=64", "expected at least one batch of 64"),
+    ],
+)
+def test_bad_input_is_named_and_nothing_is_written(
+    recipe: Path, tmp_path: Path, override: str, message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        run_recipe(read_recipe(recipe, [override]))
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_an_output_that_is_not_empty_is_refused_first(recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "mine").write_text("x")
+    with pytest.raises(InputError, match="not empty"):
+        run_recipe(read_recipe(recipe))
+
+
+def test_a_test_label_that_was_never_trained_is_named(recipe: Path, tmp_path: Path) -> None:
+    data = tmp_path / "test.jsonl"
+    data.write_text('{"text": "a", "label": "module"}\n')
+    with pytest.raises(InputError, match="'module'"):
+        run_recipe(read_recipe(recipe, [f"data.test={data}"]))
+
+
+def test_an_adapter_without_gradient_fails_loudly(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import BertForSequenceClassification
+
+    forward = BertForSequenceClassification.forward
+
+    def detached(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            hidden = self.bert(kwargs["input_ids"], attention_mask=kwargs["attention_mask"])
+        logits = self.classifier(hidden.pooler_output)
+        output = forward(self, *args, **kwargs)
+        output.loss = torch.nn.functional.cross_entropy(logits, kwargs["labels"])
+        return output
+
+    monkeypatch.setattr(BertForSequenceClassification, "forward", detached)
+    with pytest.raises(CheckFailedError, match=r"zero gradient, first .*lora_B"):
+        run_recipe(read_recipe(recipe))
+    assert not (tmp_path / "adapter").exists()

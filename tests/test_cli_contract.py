@@ -1,0 +1,85 @@
+"""Every command: exit codes, one JSON document on stdout, one message on stderr, no traceback."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+MMOPT = [sys.executable, "-m", "mmopt"]
+
+# One call of each command whose input is bad in the same way: it does not exist.
+BAD_CALLS = {
+    "train": ["train", "/no/such/recipe.yaml"],
+    "compile": ["compile", "/no/such/model"],
+    "export": ["export", "/no/such/model", "-o", "{tmp}/out"],
+    "verify": ["verify", "/no/such/artifact"],
+    "serve": ["serve", "/no/such/artifact"],
+    "bench run": ["bench", "run", "/no/such/model"],
+}
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*MMOPT, *arguments], capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize("name", BAD_CALLS)
+def test_bad_input_exits_2_with_one_message_and_no_traceback(name: str, tmp_path: Path) -> None:
+    arguments = [argument.format(tmp=tmp_path) for argument in BAD_CALLS[name]]
+    result = run(*arguments, "--json")
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr
+    assert "error: /no/such/" in result.stderr
+    document = json.loads(result.stdout)
+    assert document["exit_code"] == 2
+    assert document["error"]["message"].startswith("/no/such/")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_hub_id_that_cannot_be_reached_exits_3(tmp_path: Path) -> None:
+    result = run("export", "someone/not-a-cached-model", "-o", str(tmp_path / "out"), "--json")
+    assert result.returncode == 3, result.stderr
+    assert "Traceback" not in result.stderr
+    assert json.loads(result.stdout)["exit_code"] == 3
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_usage_exits_2() -> None:
+    for arguments in (["export"], ["no-such-command"], ["bench", "run", "--no-such-option"]):
+        result = run(*arguments)
+        assert result.returncode == 2, arguments
+        assert "Traceback" not in result.stderr
+
+
+def test_verify_prints_one_document_and_exits_0(artifact: Path) -> None:
+    result = run("verify", str(artifact), "--json")
+    assert result.returncode == 0, result.stderr
+    document = json.loads(result.stdout)
+    assert document["holds"] is True
+    assert document["accuracy"] is None
+
+
+def test_a_tampered_artifact_exits_1(artifact: Path, tmp_path: Path) -> None:
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(artifact, copy)
+    (copy / "model.onnx").write_bytes(b"not a model")
+    result = run("verify", str(copy))
+    assert result.returncode == 1
+    assert "model.onnx has 11 bytes" in result.stderr.replace("\n", " ")
+    assert "Traceback" not in result.stderr
+
+
+def test_help_names_every_command_and_lists_exit_codes() -> None:
+    result = run("--help")
+    for name in ("doctor", "train", "compile", "export", "verify", "serve", "bench"):
+        assert name in result.stdout
+    assert "Exit codes" in run("export", "--help").stdout
+
+
+def test_version_is_that_of_the_package() -> None:
+    from mmopt import __version__
+
+    assert run("--version").stdout.strip() == f"mmopt {__version__}"

@@ -23,6 +23,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from mmopt.measure.machine import cgroup_quota_cores, usable_cores
 from mmopt_export.progress import Progress, silent
 from mmopt_kernels.errors import InputError
 
@@ -217,7 +218,7 @@ def _probes(target: Target) -> tuple[_Probe, ...]:
             "ORT CPUExecutionProvider",
             ("onnxruntime_provider", "CPUExecutionProvider"),
             ("cpu",),
-            "Run `pip install --force-reinstall 'mmopt[cpu]'`.",
+            "Run `pip install -U onnxruntime onnx numpy`.",
         ),
         _Probe(
             "torch CUDA",
@@ -328,7 +329,9 @@ def _start(*arguments: str) -> subprocess.CompletedProcess[str]:
 def _reason(failed: subprocess.CompletedProcess[str]) -> str:
     if failed.returncode < 0:
         return f"the process was killed by signal {-failed.returncode}"
-    reason = _last_line(failed.stderr)
+    # A traceback ends with its exception, after which torch adds hints of its own.
+    raised = re.findall(r"^[\w.]+(?:Error|Exception): .+$", failed.stderr, re.MULTILINE)
+    reason = raised[-1] if raised else _last_line(failed.stderr)
     # ONNX Runtime only logs which library it missed; the profile then shows where the node ran.
     missed = re.search(r"(\S+\.so[.\d]*): cannot open shared object file", failed.stderr)
     if missed and missed[1] not in reason:
@@ -354,20 +357,9 @@ def _cpu() -> Line:
 
 
 def _cores() -> Line:
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    detail = f"{usable} usable of {os.cpu_count()}"
-    quota = _cpu_quota()
+    detail = f"{usable_cores()} usable of {os.cpu_count()}"
+    quota = cgroup_quota_cores()
     return Line("cores", "ok", detail if quota is None else f"{detail}, quota {quota:g}")
-
-
-def _cpu_quota() -> float | None:
-    """The container's CPU quota in cores; None when there is none or it cannot be read."""
-    quota, _, period = _read("/sys/fs/cgroup/cpu.max").strip().partition(" ")
-    if not period:  # control groups version 1
-        quota = _read("/sys/fs/cgroup/cpu/cpu.cfs_quota_us").strip()
-        period = _read("/sys/fs/cgroup/cpu/cpu.cfs_period_us").strip()
-    # "max" in version 2 and -1 in version 1 mean no limit.
-    return int(quota) / int(period) if quota.isdigit() and period.isdigit() else None
 
 
 def _memory() -> Line:

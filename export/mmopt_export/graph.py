@@ -122,10 +122,10 @@ def _require_inputs(graph: onnx_ir.Model, inputs: list[str]) -> None:
 
 def _name_dimensions(graph: onnx_ir.Model, inputs: list[str]) -> None:
     """Call the symbols of the trace, such as `s43`, what they are: `batch` and `sequence`."""
-    names = {}
+    names: dict[str, str] = {}
     for value in graph.graph.inputs:
-        if value.name in inputs:
-            batch, sequence = (str(dim.value) for dim in value.shape.dims)
+        if value.name in inputs and value.shape is not None:
+            batch, sequence = (str(dim) for dim in value.shape)
             names |= {batch: "batch", sequence: "sequence"}
     for node in graph.graph.all_nodes():
         _rename(node.outputs, names)
@@ -136,8 +136,7 @@ def _rename(values: Any, names: dict[str, str]) -> None:
     for value in values:
         if value.shape is not None:
             value.shape = onnx_ir.Shape(
-                dim if isinstance(dim, int) else names.get(str(dim.value), dim)
-                for dim in value.shape.dims
+                dim if isinstance(dim, int) else names.get(str(dim), dim) for dim in value.shape
             )
 
 

@@ -51,7 +51,8 @@ def open_session(
         )
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
-    options.log_severity_level = 3  # errors only: warnings of fusions that do not apply are noise
+    # Fatal only: errors are raised as well, and a client's bad ids must not fill a server's log.
+    options.log_severity_level = 4
     levels = onnxruntime.GraphOptimizationLevel
     options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
     if profile is not None:

@@ -38,7 +38,6 @@ _DROPOUT_FIELDS = (
     "attn_pdrop",
 )
 
-# Single quotes: Inductor pastes the text of an assertion into a C++ string without escaping it.
 _SDPA = (
     "For this model use impl='sdpa': model.set_attn_implementation('sdpa'), or undo() the report "
     "of mmopt.optimize."
@@ -187,8 +186,8 @@ def interval_mask(
         the op needs no bounds: everything visible, or plain causal.
 
     Raises:
-        InputError: a query sees keys with a gap. Compiled code and CUDA, where the host must not
-            wait for a device value, raise RuntimeError with the same message instead.
+        InputError: a query sees keys with a gap. On CUDA, where the host must not wait for a
+            device value, the device asserts it instead.
     """
     from transformers.masking_utils import causal_mask_function, sdpa_mask
 
@@ -222,8 +221,8 @@ def interval_mask(
         blocks = [bounds(start, min(rows, q_length - start)) for start in range(0, q_length, rows)]
         found = torch.cat([block for block, _ in blocks], dim=2)
         proven = torch.stack([proof for _, proof in blocks]).all()
-    _require(proven)
-    return found
+    checked: Tensor = _proven_bounds(found, proven)
+    return checked
 
 
 def _reduce(mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -243,12 +242,21 @@ def _reduce(mask: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack([lo, hi], dim=3), (count == hi - lo).all()
 
 
-def _require(proven: Tensor) -> None:
-    """Refuse a mask that intervals cannot express, without the host waiting for a device value."""
-    if torch.compiler.is_compiling() or proven.device.type != "cpu":
+# An op of its own, because Inductor turns an assertion into a C++ exception thrown inside an OpenMP
+# region, which ends the process. It returns what it was given, or it would be dropped as unused.
+@torch.library.custom_op("mmopt::proven_bounds", mutates_args=())
+def _proven_bounds(bounds: Tensor, proven: Tensor) -> Tensor:
+    if proven.device.type != "cpu":
+        # The host must not wait for a device value.
         torch._assert_async(proven, NOT_INTERVALS)
     elif not proven:
         raise InputError(NOT_INTERVALS)
+    return bounds.clone()
+
+
+@_proven_bounds.register_fake
+def _proven_bounds_fake(bounds: Tensor, proven: Tensor) -> Tensor:
+    return torch.empty_like(bounds)
 
 
 def interval_attention(
@@ -307,8 +315,7 @@ def interval_attention(
 
 def _intervals(mask: Tensor) -> Intervals:
     if mask.dtype == torch.bool and mask.dim() == 4:
-        mask, proven = _reduce(mask)
-        _require(proven)
+        mask = _proven_bounds(*_reduce(mask))
     elif mask.dtype != torch.int32 or mask.dim() != 4 or mask.shape[3] != 2:
         raise InputError(
             f"mmopt attention: the mask is {mask.dtype} {tuple(mask.shape)}, expected the bounds "

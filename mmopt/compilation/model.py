@@ -1,5 +1,6 @@
 """`mmopt.compile`: torch.compile that says where it broke the graph and why it compiled again."""
 
+import inspect
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -11,7 +12,6 @@ from torch._dynamo.types import GuardFail
 from torch._dynamo.utils import graph_break_reasons
 from torch._inductor.compile_fx import compile_fx
 
-from mmopt.attach.attention import NOT_INTERVALS
 from mmopt.attach.optimize import transformers_model
 from mmopt_kernels.errors import CheckFailedError, InputError, MmoptError
 
@@ -68,6 +68,7 @@ class CompiledModel:
         self._recompiles: list[Recompile] = []
         self._failures: list[GuardFail] = []
         self._calling = False
+        self._graphs = 0
         self._run = torch._dynamo.optimize(
             self._lower, dynamic=dynamic, guard_fail_fn=self._note_failure
         )(module)
@@ -83,22 +84,13 @@ class CompiledModel:
         return tuple(self._recompiles)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model.
-
-        Raises:
-            InputError: mmopt's attention met a mask that is not one interval per query (on CUDA
-                the device reports that itself).
-        """
+        """Run the model; the arguments and the result are its own."""
         known = len(graph_break_reasons)
         self._failures.clear()
         self._calling = True
         try:
             with torch.no_grad() if self._mode == "infer" else nullcontext():
-                return self._run(*args, **kwargs)
-        except RuntimeError as error:
-            if NOT_INTERVALS in str(error) and not isinstance(error, MmoptError):
-                raise InputError(NOT_INTERVALS) from None
-            raise
+                output = self._run(*args, **kwargs)
         finally:
             self._calling = False
             # Guards failed and nothing was compiled: Dynamo's limit is reached, eager from here.
@@ -107,9 +99,18 @@ class CompiledModel:
                 at = reason.user_stack[-1]
                 line = reason.reason.strip().splitlines()[0]
                 self._breaks[GraphBreak(at.filename, at.lineno or 0, line)] = None
+        if not self._graphs and not self._breaks:
+            code = inspect.unwrap(type(self.module).forward).__code__
+            self._breaks[
+                GraphBreak(
+                    code.co_filename, code.co_firstlineno, "nothing was compiled: Dynamo is off"
+                )
+            ] = None
+        return output
 
     def _lower(self, graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
         self._note_recompile()
+        self._graphs += 1
         return compile_fx(graph, inputs)  # type: ignore[return-value]
 
     def _note_failure(self, failure: GuardFail) -> None:
@@ -174,8 +175,7 @@ def compile(
     if compiled.graph_breaks and not allow_breaks:
         places = "\n".join(f"  {place}" for place in compiled.graph_breaks)
         raise CheckFailedError(
-            f"the graph of {type(model).__name__} breaks in {len(compiled.graph_breaks)} places, "
-            f"expected one graph:\n{places}\n"
+            f"the graph of {type(model).__name__} breaks, expected one graph:\n{places}\n"
             "Change the code there, or pass allow_breaks=True to run it in pieces."
         )
     return compiled

@@ -81,7 +81,7 @@ def bench_run(
             others fit checkpoints.
         grid: the points to measure.
         rounds: samples per variant and point. A p95 needs 130.
-        memory: also run every variant at every point in a process of its own, for its peak.
+        memory: also run every variant in a process of its own for its peak, at the largest point.
         adapter: PEFT adapter that every checkpoint carries, not merged.
         seed: of the token ids and of the order.
 
@@ -325,13 +325,19 @@ def _with_memory(
     seed: int,
     progress: Progress,
 ) -> list[Measurement]:
+    """Add the peak of each variant at the point with the most tokens, where it is highest."""
+    largest = max((m.batch * m.length, m.batch) for m in measurements)
     measured = []
-    with progress("peak memory", len(measurements)) as advance:
+    with progress("peak memory", len({(m.source, m.backend) for m in measurements})) as advance:
         for m in measurements:
-            point = GridPoint(m.batch, m.length)
-            peak = peak_memory(load_and_run, m.source, m.backend, adapter, point, vocabulary, seed)
+            peak = None
+            if (m.batch * m.length, m.batch) == largest:
+                point = GridPoint(m.batch, m.length)
+                peak = peak_memory(
+                    load_and_run, m.source, m.backend, adapter, point, vocabulary, seed
+                )
+                advance(1)
             measured.append(replace(m, memory=peak))
-            advance(1)
     return measured
 
 

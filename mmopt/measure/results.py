@@ -151,7 +151,7 @@ class BenchReport:
             row = ([m.source] if several else []) + [m.backend, str(m.batch), str(m.length)]
             row += [format_seconds(m.median) + ("" if m.steady else "*"), format_interval(m)]
             row += [format_seconds(m.p95)] * with_p95
-            row += [f"{m.throughput:,.4g}", format_seconds(m.first_call)]
+            row += [_three_digits(m.throughput), format_seconds(m.first_call)]
             row += [_format_memory(m.memory)] * with_memory
             # Paths may hold brackets, which rich would read as markup.
             table.add_row(*map(Text, row))
@@ -184,9 +184,7 @@ def format_seconds(seconds: float | None) -> str:
     if seconds is None:
         return "-"
     unit, scale = unit_of(seconds)
-    value = seconds / scale
-    digits = 2 if value < 9.995 else 1 if value < 99.95 else 0
-    return f"{value:.{digits}f} {unit}"
+    return f"{_three_digits(seconds / scale)} {unit}"
 
 
 def unit_of(seconds: float) -> tuple[str, float]:
@@ -244,6 +242,11 @@ def source_labels(measurements: Sequence[Measurement]) -> dict[str, str]:
     sources = list(dict.fromkeys(m.source for m in measurements))
     short = {source: Path(source).name or source for source in sources}
     return short if len(set(short.values())) == len(sources) else {s: s for s in sources}
+
+
+def _three_digits(value: float) -> str:
+    digits = 2 if value < 9.995 else 1 if value < 99.95 else 0
+    return f"{value:,.{digits}f}"
 
 
 def _format_memory(memory: PeakMemory | None) -> str:

@@ -105,22 +105,16 @@ class RunQueue:
         arrived = time.monotonic()
         try:
             async with self._turn:
-                result = await self._run_alone(work)
+                result = await self._run_alone(work, counts)
         except asyncio.CancelledError:
             self.abandoned += counts
-            raise
-        except InputError:
-            raise  # the request was at fault, not the session
-        except BaseException:
-            self.failed += counts
-            self.last_success = None
             raise
         self.served += counts
         if counts:
             self._latencies.append(time.monotonic() - arrived)
         return result
 
-    async def _run_alone(self, work: Callable[[], T]) -> T:
+    async def _run_alone(self, work: Callable[[], T], counts: bool) -> T:
         began = time.monotonic()
         running = asyncio.get_running_loop().run_in_executor(self._worker, work)
         try:
@@ -129,8 +123,12 @@ class RunQueue:
             await asyncio.wait({running})
             ended = time.monotonic()
             self._service_seconds += _NEWEST * (ended - began - self._service_seconds)
-            if running.exception() is None:
+            error = running.exception()
+            if error is None:
                 self.last_success = ended
+            elif not isinstance(error, InputError):  # the session is at fault, not the request
+                self.last_success = None
+                self.failed += counts
 
     def median_latency(self) -> float | None:
         """Seconds from arrival to result, of the latest requests; None before the first."""

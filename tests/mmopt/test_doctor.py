@@ -166,6 +166,18 @@ def test_a_library_that_onnxruntime_only_logs_is_named() -> None:
     assert reason == "the node ran on CPUExecutionProvider instead: libcudnn.so.9 is missing"
 
 
+def test_the_exception_is_shown_and_not_the_hints_after_it() -> None:
+    done = subprocess.CompletedProcess(
+        [],
+        1,
+        "",
+        "Traceback (most recent call last):\n  raise exc.InvalidCxxCompiler\n"
+        "torch._inductor.exc.InductorError: InvalidCxxCompiler: No working C++ compiler found\n\n"
+        "Set TORCHDYNAMO_VERBOSE=1 for the internal stack trace\n",
+    )
+    assert doctor._reason(done).endswith("InvalidCxxCompiler: No working C++ compiler found")
+
+
 def test_an_unknown_target_is_bad_input() -> None:
     with pytest.raises(InputError, match="--target tpu is not known, expected one of: cpu, cuda"):
         doctor.diagnose("tpu")

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmopt.measure.fingerprint import cgroup_quota_cores, fingerprint
+from mmopt.measure.fingerprint import fingerprint
+from mmopt.measure.machine import cgroup_quota_cores
 
 
 def test_fingerprint_reads_this_machine_and_is_json() -> None:

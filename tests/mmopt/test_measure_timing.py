@@ -52,17 +52,19 @@ def test_a_fast_call_is_repeated_until_it_rises_above_clock_noise() -> None:
     assert all(sample < 0.001 for sample in result["fast"].samples)
 
 
-def test_warm_up_goes_on_while_calls_still_get_faster() -> None:
-    calls = 0
+def test_warm_up_goes_on_while_calls_still_get_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[float] = []
 
-    def settles() -> None:
-        nonlocal calls
-        calls += 1
-        time.sleep(max(0.003, 0.05 - 0.004 * calls))
+    def sample(_variant: object, _calls: int) -> float:
+        taken.append(max(0.003, 0.05 - 0.004 * len(taken)))  # 3 ms from the 13th call on
+        return taken[-1]
 
-    result = time_variants({"settles": settles}, rounds=1)
-    assert calls > 12  # it naps 3 ms from the 12th call on
-    assert result["settles"].first_call >= 0.04
+    monkeypatch.setattr(timing, "_sample", sample)
+    result = time_variants({"settles": nap}, rounds=1)
+    assert result["settles"].steady
+    assert result["settles"].first_call == 0.05
+    assert result["settles"].samples == [0.003]
+    assert 13 < len(taken) < 30
 
 
 def test_warm_up_that_never_settles_ends_and_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:

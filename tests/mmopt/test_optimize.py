@@ -244,11 +244,6 @@ def test_mask_with_a_gap_is_refused(factory):
         model(**batch)
 
 
-def test_assertion_text_fits_in_a_c_string():
-    """Inductor does not escape it."""
-    assert not set('"\\\n') & set(plumbing.NOT_INTERVALS)
-
-
 def test_undo_restores_and_can_be_repeated():
     """Same implementation, same forwards, nothing left behind."""
     model = build(clip, lora=True)

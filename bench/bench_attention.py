@@ -1,6 +1,6 @@
 """Attention on this machine's CPU: mmopt::attention beside SDPA, forward and forward + backward.
 
-Run with ``pytest bench/bench_attention.py``; groups put the peers of one case side by side.
+Run with ``make bench``; groups put the peers of one case side by side.
 """
 
 from __future__ import annotations

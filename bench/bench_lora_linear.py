@@ -1,6 +1,6 @@
 """A LoRA linear layer on this machine's CPU: mmopt::lora_linear beside PEFT's eager form.
 
-Run with ``pytest bench/bench_lora_linear.py``; groups put the peers of one case side by side.
+Run with ``make bench``; groups put the peers of one case side by side.
 """
 
 from __future__ import annotations

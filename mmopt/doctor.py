@@ -23,8 +23,9 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from mmopt.measure.machine import cgroup_quota_cores, usable_cores
+from mmopt.measure.machine import cgroup_quota_cores
 from mmopt_export.progress import Progress, silent
+from mmopt_export.threads import usable_cores
 from mmopt_kernels.errors import InputError
 
 Status = Literal["ok", "missing", "failed", "optional"]

@@ -33,11 +33,11 @@ def adapter(classifier: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """JSON Lines with a text and a label, 48 of them."""
+    """JSON Lines with a text and a label, 50 of them: no multiple of a batch."""
     generator = random.Random(0)
     path = tmp_path_factory.mktemp("texts") / "texts.jsonl"
     lines = []
-    for index in range(48):
+    for index in range(50):
         label = LABELS[index % 3]
         words = generator.choices(WORDS, k=generator.randint(1, 12))
         lines.append(json.dumps({"text": " ".join([label, *words]), "label": label}))

@@ -60,6 +60,30 @@ def test_verify_prints_one_document_and_exits_0(artifact: Path) -> None:
     assert document["accuracy"] is None
 
 
+def test_train_export_and_compile_print_one_document_each(
+    classifier: Path, texts: Path, tmp_path: Path
+) -> None:
+    """The whole chain on the tiny model; nothing that a library prints may reach stdout."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"model: {classifier}\ntask: text-classification\noutput: {tmp_path}/adapter\n"
+        f"data: {{train: {texts}, test: {texts}, max_length: 16}}\n"
+        "training: {epochs: 2, batch_size: 8}\ncompile: false\n"
+    )
+    trained = run("train", str(recipe), "--json")
+    assert trained.returncode == 0, trained.stderr
+    assert json.loads(trained.stdout)["recompiles"] is None
+    adapter = ["--adapter", f"{tmp_path}/adapter"]
+    exported = run("export", str(classifier), *adapter, "-o", f"{tmp_path}/out", "--json")
+    assert exported.returncode == 0, exported.stderr
+    assert json.loads(exported.stdout)["status"] == "verified"
+    compiled = run("compile", str(classifier), *adapter, "--length", "8", "--rounds", "2", "--json")
+    assert compiled.returncode == 0, compiled.stderr
+    document = json.loads(compiled.stdout)
+    assert document["graph_breaks"] == []
+    assert document["optimization"]["rows"]
+
+
 def test_a_tampered_artifact_exits_1(artifact: Path, tmp_path: Path) -> None:
     import shutil
 

@@ -86,8 +86,7 @@ def staged_folder(output: Path) -> Iterator[Path]:
         staging = None
     except OSError as error:
         raise MmoptError(
-            f"could not write {output}: {_reason(error)}. Nothing was left behind. "
-            "Free some space or choose another output folder, and run the command again."
+            f"{output} was not written: {_reason(error)} Nothing was left behind."
         ) from error
     finally:
         if staging is not None:
@@ -102,5 +101,10 @@ def _umask() -> int:
 
 def _reason(error: OSError) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return f"no space left ({os.strerror(error.errno)})"
-    return error.strerror or str(error)
+        return (
+            f"no space left ({os.strerror(error.errno)}). Free some or choose another output "
+            "folder, and run the command again."
+        )
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return f"{os.strerror(error.errno)}. Choose an output folder that you may write to."
+    return f"{error}."

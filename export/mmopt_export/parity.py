@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 from rich.table import Table
 
-from mmopt_export.runtime import Tensors
+from mmopt_export.runtime import Tensors, runtime_errors
+from mmopt_kernels.errors import MmoptError
 
 PARITY_NAME = "parity.json"
 _STORED_PER_KIND = 4
@@ -135,12 +136,19 @@ def compare(
 def compare_samples(
     stage: str, precision: str, samples: Sequence[Sample], session: Any
 ) -> list[StageParity]:
-    """Run `samples` through an ONNX Runtime session; one result per kind of sample."""
+    """Run `samples` through an ONNX Runtime session; one result per kind of sample.
+
+    Raises:
+        MmoptError: ONNX Runtime cannot run the graph (exit 3).
+    """
     kinds = sorted({sample.kind for sample in samples})
     results = []
     for kind in kinds:
         chosen = [sample for sample in samples if sample.kind == kind]
-        actual = [session.run(["logits"], sample.feeds)[0] for sample in chosen]
+        try:
+            actual = [session.run(["logits"], sample.feeds)[0] for sample in chosen]
+        except runtime_errors() as error:
+            raise MmoptError(f"ONNX Runtime could not run stage {stage}: {error}") from error
         results.append(
             compare(
                 stage,
@@ -157,11 +165,12 @@ def compare_samples(
 def write_parity(folder: Path, stages: Sequence[StageParity], samples: Sequence[Sample]) -> None:
     """Write `parity.json`: every figure, the thresholds, and samples for `mmopt verify`."""
     kinds = sorted({sample.kind for sample in samples})
-    stored = [
-        sample
-        for kind in kinds
-        for sample in [one for one in samples if one.kind == kind][:_STORED_PER_KIND]
-    ]
+    stored = []
+    for kind in kinds:
+        of_kind = [sample for sample in samples if sample.kind == kind]
+        # Spread evenly, so that the longest is among them: samples come sorted by length.
+        count = min(_STORED_PER_KIND, len(of_kind))
+        stored += [of_kind[int(i)] for i in np.linspace(0, len(of_kind) - 1, count)]
     document = {
         "thresholds": {name: dataclasses.asdict(value) for name, value in THRESHOLDS.items()},
         "stages": [dataclasses.asdict(stage) for stage in stages],

@@ -27,14 +27,15 @@ from mmopt_export.parity import (
 from mmopt_export.progress import Progress, silent
 from mmopt_export.providers import Target, get_target
 from mmopt_export.quantize import quantize_int8
-from mmopt_export.runtime import MODEL_NAME, Tensors, open_session
+from mmopt_export.runtime import MODEL_NAME, Tensors, open_session, runtime_version
 from mmopt_export.texts import read_texts
-from mmopt_kernels.errors import CheckFailedError
+from mmopt_kernels.errors import CheckFailedError, InputError
 
 MINIMUM_ONNXRUNTIME = "1.30"
-_TOOLS = ("torch", "transformers", "peft", "onnx", "onnxscript", "onnxruntime", "mmopt")
+_TOOLS = ("torch", "transformers", "peft", "onnx", "onnxscript", "mmopt")
 _MAX_TEXTS = 256  # sentences that parity reads of the calibration file: 8 batches
 _BATCH = 32
+_NO_LIMIT = 1 << 20  # transformers writes 1e30 for a tokenizer without a limit
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,11 @@ def export(
             max_length=max_length,
             quantization=recipe,
             source=Source(model, checkpoint.base_sha256, tuple(adapter_records)),
-            tools={tool: importlib.metadata.version(tool) for tool in _TOOLS},
+            tools={
+                **{tool: importlib.metadata.version(tool) for tool in _TOOLS},
+                # Two distributions, onnxruntime and onnxruntime-gpu, give this one package.
+                "onnxruntime": runtime_version(),
+            },
             files=record_files(folder),
         )
         manifest.write(folder)
@@ -165,14 +170,29 @@ def _merge(checkpoint: Checkpoint) -> tuple[Any, list[dict[str, Any]]]:
 
 
 def _max_length(model: Any, tokenizer: Any) -> int:
-    """Tokens that fit: the fewer of what the tokenizer was made for and the position table has."""
+    """Tokens that fit: the fewer of what the tokenizer was made for and the position table has.
+
+    Raises:
+        InputError: neither says how many.
+    """
     limits = [tokenizer.model_max_length]
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions is not None:
-        # RoBERTa's positions begin after the padding id, and so do those of its relatives.
-        offset = model.config.pad_token_id + 1 if "roberta" in model.config.model_type else 0
+        # RoBERTa and its relatives count positions from behind the padding id.
+        paddings = [
+            module.padding_idx
+            for name, module in model.named_modules()
+            if name.endswith(".position_embeddings") and isinstance(module, torch.nn.Embedding)
+        ]
+        offset = next((index + 1 for index in paddings if index is not None), 0)
         limits.append(positions - offset)
-    return int(min(limits))
+    longest = int(min(limits))
+    if longest > _NO_LIMIT:
+        raise InputError(
+            "neither the tokenizer nor the config says how long a text may be. Set the "
+            "tokenizer's model_max_length and save it again."
+        )
+    return longest
 
 
 def _write_tokenizer(tokenizer: Any, folder: Path, max_length: int) -> None:

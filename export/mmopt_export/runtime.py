@@ -1,6 +1,5 @@
 """Runs an artifact on ONNX Runtime: the one place that opens sessions. Needs no torch."""
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import numpy.typing as npt
 from packaging.version import Version
 
 from mmopt_export.manifest import Manifest, integrity_errors, read_manifest
+from mmopt_export.threads import usable_cores
 from mmopt_kernels.errors import CheckFailedError, InputError, MmoptError
 
 Tensors = dict[str, npt.NDArray[Any]]
@@ -50,7 +50,7 @@ def open_session(
             f"{', '.join(onnxruntime.get_available_providers())}. Run `mmopt doctor`."
         )
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+    options.intra_op_num_threads = threads or usable_cores()
     # Fatal only: errors are raised as well, and a client's bad ids must not fill a server's log.
     options.log_severity_level = 4
     levels = onnxruntime.GraphOptimizationLevel
@@ -58,10 +58,9 @@ def open_session(
     if profile is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)
-    state = onnxruntime.capi.onnxruntime_pybind11_state
     try:
         session = onnxruntime.InferenceSession(str(model), options, providers=[provider])
-    except (state.Fail, state.InvalidGraph, state.InvalidProtobuf, state.NoSuchFile) as error:
+    except runtime_errors() as error:
         raise MmoptError(f"ONNX Runtime cannot load {model}: {error}") from error
     if session.get_providers()[0] != provider:
         raise MmoptError(
@@ -69,6 +68,24 @@ def open_session(
             "Run `mmopt doctor`."
         )
     return session
+
+
+def runtime_errors() -> tuple[type[Exception], ...]:
+    """Every exception that ONNX Runtime raises of its own."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    return tuple(
+        value
+        for value in vars(state).values()
+        if isinstance(value, type) and issubclass(value, Exception)
+    )
+
+
+def runtime_version() -> str:
+    """The version of the installed ONNX Runtime, whichever distribution it came from."""
+    import onnxruntime
+
+    return str(onnxruntime.__version__)
 
 
 class Runner:
@@ -79,8 +96,8 @@ class Runner:
         threads: intra-op threads; None takes every core that this process may use.
 
     Raises:
-        InputError: the folder is not an artifact, or its parity check had failed.
-        CheckFailedError: a file differs from the manifest (exit 1).
+        InputError: the folder is not an artifact.
+        CheckFailedError: its parity check had failed, or a file differs from the manifest.
         MmoptError: ONNX Runtime is missing or older than the artifact needs.
     """
 
@@ -88,7 +105,7 @@ class Runner:
         self.path = artifact
         self.manifest: Manifest = read_manifest(artifact)
         if self.manifest.status != "verified":
-            raise InputError(
+            raise CheckFailedError(
                 f"{artifact} is marked {self.manifest.status}: its parity check did not hold. "
                 "Read parity.json there and export again."
             )

@@ -4,6 +4,8 @@ Command modules import torch and transformers inside the function, so that `mmop
 `mmopt doctor` answer at once and work in a broken installation.
 """
 
+import warnings
+
 import typer
 
 from mmopt.cli.bench import bench_app
@@ -54,4 +56,6 @@ app.add_typer(bench_app, name="bench")
 
 def main() -> None:
     """Run the command line."""
+    # Their deprecations are ours to act on, not the user's.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
     app()

@@ -1,6 +1,7 @@
 """Measure models and artifacts side by side: what `mmopt bench run` calls."""
 
 import itertools
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -228,8 +229,9 @@ def _text_bounds(source: str, model: Any, tokenizer: Any) -> tuple[int, int]:
             f"{' and a decoder input' if model.config.is_encoder_decoder else ''}; bench run feeds "
             "token ids only. Pass a text encoder or a decoder-only model."
         )
-    positions = getattr(model.config, "max_position_embeddings", None)
-    longest = min(tokenizer.model_max_length, positions or tokenizer.model_max_length)
+    limits = [getattr(model.config, "max_position_embeddings", None)]
+    limits.append(None if tokenizer is None else tokenizer.model_max_length)
+    longest = min((limit for limit in limits if limit is not None), default=sys.maxsize)
     return int(model.config.vocab_size), int(longest)
 
 

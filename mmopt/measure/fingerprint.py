@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from mmopt.measure.machine import cgroup_quota_cores, first_match, usable_cores
+from mmopt.measure.machine import cgroup_quota_cores, first_match
+from mmopt_export.threads import usable_cores
 
 _CPUINFO = Path("/proc/cpuinfo")
 _GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")

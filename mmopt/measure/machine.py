@@ -1,18 +1,10 @@
 """What the system says of the machine, read without torch: the doctor needs it when torch fails."""
 
-import os
 import re
 from pathlib import Path
 
 _CGROUP_ROOT = Path("/sys/fs/cgroup")
 _OWN_CGROUP = Path("/proc/self/cgroup")
-
-
-def usable_cores() -> int:
-    """Logical cores that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def cgroup_quota_cores(root: Path = _CGROUP_ROOT, own: Path = _OWN_CGROUP) -> float | None:

@@ -1,7 +1,7 @@
 """One fine-tuning run, from top to bottom: data, model, adapter, training, test, save."""
 
 import json
-import sys
+import math
 import tempfile
 import time
 from collections.abc import Mapping
@@ -41,7 +41,8 @@ class TrainReport:
         train_seconds: wall time of the training loop, compilation included.
         trainable, parameters: counts of values.
         attached: how many modules run mmopt's ops; 0 with `optimize: false`.
-        compiled: whether the training step was one compiled graph.
+        recompiles: compilations of the training step after the first, which was one graph; None
+            when the step ran eagerly.
     """
 
     output: Path
@@ -54,7 +55,7 @@ class TrainReport:
     trainable: int
     parameters: int
     attached: int
-    compiled: bool
+    recompiles: int | None
 
     @property
     def exit_code(self) -> int:
@@ -68,7 +69,9 @@ class TrainReport:
     def render(self) -> RenderableType:
         """Lines for a terminal."""
         share = self.trainable / self.parameters
-        step = "compiled" if self.compiled else "eager"
+        step = "eager"
+        if self.recompiles is not None:
+            step = f"one compiled graph, {self.recompiles} recompiles"
         return Group(
             f"trained {self.trainable:,} of {self.parameters:,} values ({share:.1%}) on "
             f"{self.train_examples} texts in {self.train_seconds:.0f} s; {step}, "
@@ -105,19 +108,22 @@ def run_recipe(recipe: Recipe, *, progress: Progress = silent) -> TrainReport:
     # Train
     collator = transformers.DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8)
     with tempfile.TemporaryDirectory() as scratch:
-        trainer = CompiledTrainer(
-            compile_step=recipe.compile,
-            model=model,
-            args=_arguments(recipe, Path(scratch), len(train.texts)),
-            train_dataset=_encode(tokenizer, train, labels, recipe.data.max_length),
-            data_collator=collator,
-        )
+        arguments = _arguments(recipe, Path(scratch), len(train.texts))
         started = time.perf_counter()
-        with progress("train", None):
+        with progress("train", _steps(recipe, len(train.texts))) as advance:
+            trainer = CompiledTrainer(
+                compile_step=recipe.compile,
+                advance=advance,
+                model=model,
+                args=arguments,
+                train_dataset=_encode(tokenizer, train, labels, recipe.data.max_length),
+                data_collator=collator,
+            )
             result = trainer.train()
         seconds = time.perf_counter() - started
 
-        # Test
+        # Test, on every text: the dropped last batch was for the compiled step.
+        trainer.args.dataloader_drop_last = False
         with progress("test", None):
             predictions = trainer.predict(_encode(tokenizer, test, labels, recipe.data.max_length))
     right = predictions.predictions.argmax(axis=-1) == predictions.label_ids
@@ -134,7 +140,7 @@ def run_recipe(recipe: Recipe, *, progress: Progress = silent) -> TrainReport:
         trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
         parameters=sum(p.numel() for p in model.parameters()),
         attached=attached.attached if attached else 0,
-        compiled=recipe.compile,
+        recompiles=trainer.recompiles,
     )
     if attached:
         attached.undo()
@@ -202,7 +208,7 @@ def _add_adapter(base: Any, recipe: Recipe) -> Any:
 
 def _arguments(recipe: Recipe, scratch: Path, examples: int) -> transformers.TrainingArguments:
     training = recipe.training
-    steps = int(examples // training.batch_size * training.epochs)
+    steps = _steps(recipe, examples)
     if steps == 0:
         raise InputError(
             f"{recipe.data.train} has {examples} texts, expected at least one batch of "
@@ -225,9 +231,14 @@ def _arguments(recipe: Recipe, scratch: Path, examples: int) -> transformers.Tra
         save_strategy="no",
         report_to=[],
         logging_steps=max(1, steps // 10),
-        disable_tqdm=not sys.stderr.isatty(),
+        disable_tqdm=True,
         log_level="error",
     )
+
+
+def _steps(recipe: Recipe, examples: int) -> int:
+    """Optimizer steps of the run; an epoch drops its last, shorter batch."""
+    return math.ceil(examples // recipe.training.batch_size * recipe.training.epochs)
 
 
 def _encode(

@@ -1,5 +1,6 @@
 """transformers' Trainer with the training step compiled and its adapters watched."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,13 +15,25 @@ class CompiledTrainer(transformers.Trainer):
 
     Args:
         compile_step: compile forward and backward as one graph at the first step.
+        advance: called with 1 after each step.
     """
 
-    def __init__(self, *, compile_step: bool, **arguments: Any) -> None:
+    def __init__(
+        self, *, compile_step: bool, advance: Callable[[int], None], **arguments: Any
+    ) -> None:
         super().__init__(**arguments)
         self._compile_step = compile_step
         self._compiled: Any = None
+        # Both of Trainer's own print on stdout, which belongs to the report.
+        self.remove_callback(transformers.trainer_callback.PrinterCallback)
+        self.remove_callback(transformers.trainer_callback.ProgressCallback)
         self.add_callback(_RequireGradients())
+        self.add_callback(_Advance(advance))
+
+    @property
+    def recompiles(self) -> int | None:
+        """Compilations of the step after the first; None when it is not compiled."""
+        return None if self._compiled is None else len(self._compiled.recompiles)
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Take the loss from the compiled step while training, from the model itself in tests.
@@ -33,6 +46,14 @@ class CompiledTrainer(transformers.Trainer):
                 self._compiled = mmopt.compile(model, dict(inputs), mode="train")
             model = self._compiled
         return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+class _Advance(transformers.TrainerCallback):
+    def __init__(self, advance: Callable[[int], None]) -> None:
+        self._advance = advance
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._advance(1)
 
 
 class _RequireGradients(transformers.TrainerCallback):

@@ -185,7 +185,7 @@ def test_failed_parity_leaves_the_folder_marked_failed_and_unservable(
     report = export(str(classifier), output, precision="int8")
     assert report.exit_code == 1
     assert read_manifest(output).status == "failed"
-    with pytest.raises(InputError, match="marked failed"):
+    with pytest.raises(CheckFailedError, match="marked failed"):
         Runner(output)
 
 

@@ -42,7 +42,7 @@ def test_nothing_is_left_when_the_block_fails(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS])
 def test_a_refused_write_exits_3_and_leaves_nothing(tmp_path: Path, code: int) -> None:
-    with pytest.raises(MmoptError, match="could not write") as caught:
+    with pytest.raises(MmoptError, match="was not written") as caught:
         write_then_fail(tmp_path / "out", OSError(code, "refused"))
     assert caught.value.exit_code == 3
     assert list(tmp_path.iterdir()) == []
@@ -87,7 +87,7 @@ def test_a_disk_that_fills_in_the_middle_of_an_export_leaves_nothing(
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 3, result.stderr
-    assert "could not write" in result.stderr
+    assert "was not written" in result.stderr
     assert "no space left" in result.stderr
     assert "Traceback" not in result.stderr
     assert list(tmp_path.iterdir()) == []

@@ -551,3 +551,8 @@ def test_importing_mmopt_imports_neither_torch_nor_transformers():
         "assert all(callable(getattr(mmopt, n)) for n in mmopt.__all__ if n[0] != '_')\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_proof_op_agrees_with_its_fake() -> None:
+    bounds = torch.tensor([[[[0, 1], [0, 2]]]], dtype=torch.int32)
+    torch.library.opcheck(torch.ops.mmopt.proven_bounds.default, (bounds, torch.tensor(True)))

@@ -22,7 +22,7 @@ _STYLE = """
 :root { color-scheme: light dark; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .8rem; text-align: right; border-bottom: 1px solid #8884; }
+th, td { padding: .3rem .8rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #8884; }
 th { font-weight: 600; }
 th:first-child, td:first-child { text-align: left; }
 .scroll { overflow-x: auto; }
@@ -87,6 +87,13 @@ def write_html(report: dict[str, Any], path: Path) -> None:
     machine = ", ".join(
         f"{key} {value}" for key, value in fingerprint.items() if isinstance(value, str | int)
     )
+    notes = (
+        f"Accuracy is on {report['train']['test_examples']} test docstrings. p50 is of one text "
+        "of 32 tokens, texts/s of a batch of 8. Differences and cosine are of the logits of "
+        f"{parity_of(report['export']['int8'], 'int8')['rows']} test sentences against the tuned "
+        "PyTorch model in fp32. PyTorch runs the adapter beside its base, as trained; in ONNX it "
+        "is merged. Sizes are of the whole artifact. Peak memory is of a fresh process at batch 8."
+    )
     path.write_text(
         f"""<!doctype html>
 <html lang="en">
@@ -99,10 +106,7 @@ def write_html(report: dict[str, Any], path: Path) -> None:
 documents; merged, exported to ONNX, verified and served, in {report["seconds"]:.0f} s.</p>
 <ul>{checks}</ul>
 <div class="scroll"><table><tr>{head}</tr>{body}</table></div>
-<p>Accuracy is on {report["train"]["test_examples"]} test docstrings. p50 is of one text of 32
-tokens, texts/s of a batch of 8. Differences and cosine are of the logits of {_rows_compared(report)} test sentences against the
-tuned PyTorch model in fp32. PyTorch runs the adapter beside its base, as trained; in ONNX it is
-merged. Sizes are of the whole artifact. Peak memory is of a fresh process.</p>
+<p>{notes}</p>
 <h2>Latency</h2>
 {latency_plot(measurements(report))}
 <p>Served over HTTP: “{escape(answer["sentence"])}” documents a
@@ -127,11 +131,6 @@ def measurements(report: dict[str, Any]) -> list[Measurement]:
         )
         for row in report["bench"]["measurements"]
     ]
-
-
-def _rows_compared(report: dict[str, Any]) -> int:
-    rows: int = parity_of(report["export"]["int8"], "int8")["rows"]
-    return rows
 
 
 def _speed(report: dict[str, Any], backend: str, source: str = "") -> tuple[str, str, str]:

@@ -24,8 +24,7 @@ def test_nothing_becomes_public_by_accident(package: str) -> None:
         name
         for name, value in vars(module).items()
         if not name.startswith("_")
-        and not isinstance(value, types.ModuleType)
-        and getattr(value, "__module__", package).split(".")[0] == package
+        and (getattr(value, "__module__", None) or "").split(".")[0] == package
     }
     assert public <= set(module.__all__)
 

@@ -11,12 +11,13 @@ from mmopt_kernels.errors import MmoptError
 
 
 def quantize_int8(source: Path, output: Path) -> dict[str, Any]:
-    """Write a copy of `source` with int8 matmuls: weights per channel, activations at run time.
+    """Write a copy of `source` with int8 matmuls and int8 embedding tables.
 
-    Weights are symmetric int8, one scale per output channel; activations are uint8 with one scale
-    and zero point per tensor, computed at run time, so no calibration data is needed. Embeddings
-    and the classification head's Gemm keep fp32: they are small in time, and quantizing the
-    embeddings costs accuracy in every layer above.
+    Weights of matmuls are symmetric int8, one scale per output channel (one per tensor takes the
+    demo's cosine to 0.989); activations are uint8 with one scale and zero point per tensor,
+    computed at run time, so no calibration data is needed. Embedding tables are int8 with one
+    scale, which takes 61% off a MiniLM's file for a cosine of 0.9999. Gemm, which the tracer uses
+    for the pooler and the head, keeps fp32: next to nothing in time and size.
 
     Returns:
         The recipe, for the manifest.
@@ -32,7 +33,7 @@ def quantize_int8(source: Path, output: Path) -> dict[str, Any]:
             quantize_dynamic(
                 prepared,
                 output,
-                op_types_to_quantize=["MatMul"],
+                op_types_to_quantize=["MatMul", "Gather"],
                 per_channel=True,
                 weight_type=QuantType.QInt8,
                 extra_options={"MatMulConstBOnly": True},
@@ -47,6 +48,7 @@ def quantize_int8(source: Path, output: Path) -> dict[str, Any]:
         "method": "dynamic",
         "weights": "int8 symmetric per output channel",
         "activations": "uint8 per tensor at run time",
+        "embeddings": "int8 per tensor",
         "matmuls": count,
     }
 

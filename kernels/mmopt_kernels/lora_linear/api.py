@@ -40,7 +40,8 @@ def lora_linear(
         scale: ``alpha / R`` (``alpha / sqrt(R)`` for rsLoRA), already divided.
         impl: ``"auto"``; ``"reference"`` (plain PyTorch in float32); ``"addmm"`` (vendor GEMMs,
             the adapter added in place); ``"triton"`` (one pass over the output; a GPU, or the CPU
-            under ``TRITON_INTERPRET=1``; not float64). Only ``"auto"`` chooses by what can run.
+            under ``TRITON_INTERPRET=1``; not float64). Only ``"auto"`` chooses by what can run;
+            compiled for a CPU it is traced as plain PyTorch, which Inductor fuses.
 
     Returns:
         ``[..., N]`` in the dtype of ``x``, contiguous.
@@ -55,8 +56,21 @@ def lora_linear(
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     _check(x, weight, a, b, bias, impl)
+    if impl == "auto" and x.device.type == "cpu" and torch.compiler.is_compiling():
+        # On a CPU there is no kernel that Inductor could not make itself: left open, it fuses the
+        # bias, the adapter's sum and what follows, which an op of its own keeps it from.
+        return _plain(x, weight, a, b, bias, scale)
     y, _ = torch.ops.mmopt.lora_linear(x, weight, a, b, bias, float(scale), impl)
     return y  # type: ignore[no-any-return]
+
+
+def _plain(
+    x: Tensor, weight: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, scale: float
+) -> Tensor:
+    linear = torch.nn.functional.linear
+    with torch.autocast(x.device.type, enabled=False):
+        s = linear(x, a.to(x.dtype))
+        return linear(x, weight, bias) + linear(s, b.to(x.dtype)) * scale
 
 
 def _check(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, impl: str) -> None:

@@ -22,7 +22,8 @@ _STYLE = """
 :root { color-scheme: light dark; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .8rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #8884; }
+th, td { padding: .3rem .8rem; text-align: right; white-space: nowrap;
+  border-bottom: 1px solid #8884; }
 th { font-weight: 600; }
 th:first-child, td:first-child { text-align: left; }
 .scroll { overflow-x: auto; }

@@ -38,18 +38,18 @@ def table_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
     tuned = _percent(report["train"]["test_accuracy"])
     rows = [
         (
-            "untuned, linear probe",
+            "untuned probe",
             _percent(report["probe"]["test_accuracy"]),
             *"-" * 6,
         ),
-        ("tuned, PyTorch eager", tuned, "-", "-", "-", *_speed(report, "eager")),
-        ("tuned, torch.compile", "-", "-", "-", "-", *_speed(report, "compile")),
+        ("PyTorch eager", tuned, "-", "-", "-", *_speed(report, "eager")),
+        ("torch.compile", "-", "-", "-", "-", *_speed(report, "compile")),
     ]
     for precision in ("fp32", "int8"):
         stage = parity_of(report["export"][precision], precision)
         rows.append(
             (
-                f"tuned, ORT {precision}",
+                f"ORT {precision}",
                 _percent(report["verify"][precision]["accuracy"]),
                 f"{stage['max_abs']:.2g}",
                 f"{stage['cosine']:.6f}",
@@ -89,8 +89,9 @@ def write_html(report: dict[str, Any], path: Path) -> None:
         f"{key} {value}" for key, value in fingerprint.items() if isinstance(value, str | int)
     )
     notes = (
-        f"Accuracy is on {report['train']['test_examples']} test docstrings. p50 is of one text "
-        "of 32 tokens, texts/s of a batch of 8. Differences and cosine are of the logits of "
+        "The probe is a linear classifier on the embeddings of the untuned model; all others are "
+        f"tuned. Accuracy is on {report['train']['test_examples']} test docstrings. p50 is of one "
+        "text of 32 tokens, texts/s of a batch of 8. Differences and cosine are of the logits of "
         f"{parity_of(report['export']['int8'], 'int8')['rows']} test sentences against the tuned "
         "PyTorch model in fp32. PyTorch runs the adapter beside its base, as trained; in ONNX it "
         "is merged. Sizes are of the whole artifact. Peak memory is of a fresh process at batch 8."

@@ -19,6 +19,7 @@ from typing import Any
 
 import httpx
 from report import HEADER, parity_of, table_rows, write_html
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -196,7 +197,7 @@ def judge(
 def show(report: dict[str, Any], checks: list[Check]) -> None:
     """Print the one table, the checks, and where the report is."""
     out = Console()
-    table = Table(*HEADER)
+    table = Table(*HEADER, box=box.SIMPLE_HEAD)
     for row in table_rows(report):
         table.add_row(*row)
     out.print(table)

@@ -60,14 +60,14 @@ def test_verify_prints_one_document_and_exits_0(artifact: Path) -> None:
     assert document["accuracy"] is None
 
 
-def test_train_export_and_compile_print_one_document_each(
+def test_each_step_of_the_chain_prints_one_document_and_keeps_the_accuracy(
     classifier: Path, texts: Path, tmp_path: Path
 ) -> None:
     """The whole chain on the tiny model; nothing that a library prints may reach stdout."""
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         f"model: {classifier}\ntask: text-classification\noutput: {tmp_path}/adapter\n"
-        f"data: {{train: {texts}, test: {texts}, max_length: 16}}\n"
+        f"data: {{train: {texts}, test: {texts}, max_length: 6}}\n"
         "training: {epochs: 2, batch_size: 8}\ncompile: false\n"
     )
     trained = run("train", str(recipe), "--json")
@@ -77,6 +77,10 @@ def test_train_export_and_compile_print_one_document_each(
     exported = run("export", str(classifier), *adapter, "-o", f"{tmp_path}/out", "--json")
     assert exported.returncode == 0, exported.stderr
     assert json.loads(exported.stdout)["status"] == "verified"
+    # Texts are longer than 6 tokens: the artifact must cut them where training did.
+    verified = run("verify", f"{tmp_path}/out", "--data", str(texts), "--json")
+    accuracy = json.loads(trained.stdout)["test_accuracy"]
+    assert json.loads(verified.stdout)["accuracy"] == accuracy
     compiled = run("compile", str(classifier), *adapter, "--length", "8", "--rounds", "2", "--json")
     assert compiled.returncode == 0, compiled.stderr
     document = json.loads(compiled.stdout)

@@ -65,7 +65,8 @@ def trace(model: Any, inputs: list[str], *, max_length: int, target: str) -> onn
     """
     from transformers.exporters import OnnxConfig, OnnxExporter
 
-    ids = torch.arange(2 * 16).reshape(2, 16) % model.config.vocab_size
+    length = min(16, max_length)
+    ids = torch.arange(2 * length).reshape(2, length) % model.config.vocab_size
     values = {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),

@@ -102,6 +102,8 @@ def run_recipe(recipe: Recipe, *, progress: Progress = silent) -> TrainReport:
         tokenizer = load_tokenizer(folder)
         if tokenizer is None:
             raise InputError(f"{recipe.model} has no tokenizer. Save one beside it.")
+        # Saved with the adapter: whoever runs it later must cut texts where training cut them.
+        tokenizer.model_max_length = min(recipe.data.max_length, tokenizer.model_max_length)
     model = _add_adapter(base, recipe)
     attached = mmopt.optimize(model) if recipe.optimize else None
 
@@ -116,7 +118,7 @@ def run_recipe(recipe: Recipe, *, progress: Progress = silent) -> TrainReport:
                 advance=advance,
                 model=model,
                 args=arguments,
-                train_dataset=_encode(tokenizer, train, labels, recipe.data.max_length),
+                train_dataset=_encode(tokenizer, train, labels),
                 data_collator=collator,
             )
             result = trainer.train()
@@ -125,7 +127,7 @@ def run_recipe(recipe: Recipe, *, progress: Progress = silent) -> TrainReport:
         # Test, on every text: the dropped last batch was for the compiled step.
         trainer.args.dataloader_drop_last = False
         with progress("test", None):
-            predictions = trainer.predict(_encode(tokenizer, test, labels, recipe.data.max_length))
+            predictions = trainer.predict(_encode(tokenizer, test, labels))
     right = predictions.predictions.argmax(axis=-1) == predictions.label_ids
 
     # Save
@@ -242,9 +244,9 @@ def _steps(recipe: Recipe, examples: int) -> int:
 
 
 def _encode(
-    tokenizer: Any, data: LabelledTexts, labels: tuple[str, ...], max_length: int
+    tokenizer: Any, data: LabelledTexts, labels: tuple[str, ...]
 ) -> list[Mapping[str, Any]]:
-    encoded = tokenizer(data.texts, truncation=True, max_length=max_length)
+    encoded = tokenizer(data.texts, truncation=True)
     index = {label: number for number, label in enumerate(labels)}
     columns = {**encoded, "labels": [index[label] for label in data.labels or ()]}
     return [

@@ -24,6 +24,9 @@ class CompiledTrainer(transformers.Trainer):
         super().__init__(**arguments)
         self._compile_step = compile_step
         self._compiled: Any = None
+        # Trainer would pass the number of labels to models that take it, an argument that the
+        # compiled step has not seen: a second graph, for a mean that is the same without it.
+        self.model_accepts_loss_kwargs = False
         # Both of Trainer's own print on stdout, which belongs to the report.
         self.remove_callback(transformers.trainer_callback.PrinterCallback)
         self.remove_callback(transformers.trainer_callback.ProgressCallback)

@@ -197,7 +197,8 @@ def judge(
 def show(report: dict[str, Any], checks: list[Check]) -> None:
     """Print the one table, the checks, and where the report is."""
     out = Console()
-    table = Table(*HEADER, box=box.SIMPLE_HEAD)
+    table = Table(*HEADER, box=box.SIMPLE_HEAD, pad_edge=False)
+    table.columns[0].no_wrap = True
     for row in table_rows(report):
         table.add_row(*row)
     out.print(table)

@@ -197,7 +197,7 @@ def judge(
 def show(report: dict[str, Any], checks: list[Check]) -> None:
     """Print the one table, the checks, and where the report is."""
     out = Console()
-    table = Table(*HEADER, box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(*HEADER, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.columns[0].no_wrap = True
     for row in table_rows(report):
         table.add_row(*row)

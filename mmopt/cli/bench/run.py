@@ -1,26 +1,13 @@
-"""`mmopt bench`: measure, and later compare, gate and report."""
+"""`mmopt bench run`: measure models, artifacts and benchmark suites."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from mmopt.cli.output import JsonOption, Report, command, progress_bar
-
-bench_app = typer.Typer(
-    help="Latency, throughput and memory of models and artifacts.", no_args_is_help=True
-)
+from mmopt.cli.output import JsonOption, Report, progress_bar
 
 
-@bench_app.callback()
-def _group() -> None:
-    """Latency, throughput and memory of models and artifacts."""
-
-
-@bench_app.command(
-    epilog="Example: mmopt bench run model/ artifact/ --grid batch=1,8 --grid length=128 -o b.json"
-)
-@command
 def run(
     models: Annotated[
         list[str],

@@ -1,0 +1,22 @@
+"""`mmopt bench`: one module per subcommand beside this one."""
+
+import typer
+
+from mmopt.cli.bench.run import run
+from mmopt.cli.output import command
+
+bench_app = typer.Typer(
+    help="Latency, throughput and memory of models and artifacts.", no_args_is_help=True
+)
+
+
+@bench_app.callback()
+def _group() -> None:
+    """Latency, throughput and memory of models and artifacts."""
+
+
+# In the order of the work; each with an example below its help.
+for _name, _function, _example in (
+    ("run", run, "mmopt bench run model/ artifact/ --grid batch=1,8 --grid length=128 -o b.json"),
+):
+    bench_app.command(_name, epilog=f"Example: {_example}")(command(_function))

@@ -1,0 +1,198 @@
+"""One side of a pair: runs one revision's suite in pytest and times slices on command.
+
+The gate starts this file by its path, never as a module: the checkout under test may hold another
+revision of mmopt, which must be what the suite imports. So it uses the standard library and pytest
+only. Orders come and answers go as JSON lines over two inherited pipes; the task is the one command
+line argument:
+
+    mode      "collect": answer what there is; "time": serve slices of the tests in `ids`;
+              "figures": run the tests with exact figures and let their plugin write `figures_file`
+    read, write   the pipes
+    suite, options   for pytest; the options in pairs
+    with_plugins   whether the plugins among them are needed
+    roots     source folders of the checkout, whose packages must be imported from there
+    ids       tests to run, in this order
+"""
+
+import gc
+import importlib.util
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+class Link:
+    """JSON lines to and from the gate."""
+
+    def __init__(self, read: int, write: int) -> None:
+        self._orders = os.fdopen(read, "r", encoding="utf-8")
+        self._answers = os.fdopen(write, "w", encoding="utf-8")
+
+    def send(self, **answer: Any) -> None:
+        self._answers.write(json.dumps(answer) + "\n")
+        self._answers.flush()
+
+    def receive(self) -> dict[str, Any]:
+        line = self._orders.readline()
+        if not line:
+            os._exit(0)  # the gate is gone
+        order: dict[str, Any] = json.loads(line)
+        return order
+
+
+class Side:
+    """The pytest plugin: chooses the tests, and reports what fails."""
+
+    def __init__(self, task: dict[str, Any], link: Link) -> None:
+        self.task = task
+        self.link = link
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items: list[Any]) -> None:
+        if self.task["mode"] == "collect":
+            self.link.send(
+                event="collected",
+                timed=[item.nodeid for item in items if "benchmark" in item.fixturenames],
+                exact=[item.nodeid for item in items if "figures" in item.fixturenames],
+                foreign=foreign_modules([Path(root) for root in self.task["roots"]]),
+            )
+            items.clear()
+        elif self.task["mode"] == "time":
+            found = {item.nodeid: item for item in items}
+            items[:] = [found[wanted] for wanted in self.task["ids"] if wanted in found]
+            self.link.send(event="ready")
+            self.link.receive()
+
+    def pytest_collectreport(self, report: Any) -> None:
+        if report.failed:
+            self.link.send(event="broken", where=report.nodeid, text=report.longreprtext)
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.failed:
+            self.link.send(event="failed", id=report.nodeid, text=report.longreprtext)
+        elif report.skipped:
+            self.link.send(event="skipped", id=report.nodeid, text=str(report.longrepr))
+
+    def pytest_runtest_logfinish(self, nodeid: str) -> None:
+        if self.task["mode"] == "time":
+            self.link.send(event="finished", id=nodeid)
+
+
+def foreign_modules(roots: list[Path]) -> list[str]:
+    """Imported packages that the checkout has too, but that came from somewhere else."""
+    foreign = []
+    for root in roots:
+        for entry in sorted(root.iterdir()):
+            is_package = entry.is_dir() and (entry / "__init__.py").is_file()
+            if not is_package and entry.suffix != ".py":
+                continue
+            origin = getattr(sys.modules.get(entry.stem), "__file__", None)
+            if origin and not Path(origin).resolve().is_relative_to(root.resolve()):
+                foreign.append(f"{entry.stem} ({origin})")
+    return foreign
+
+
+def serve_slices(link: Link, fixture: Any, run: Any) -> None:
+    """Time as many calls as each order wants, until one wants none."""
+    link.send(event="at", id=fixture.fullname)
+    while calls := link.receive()["calls"]:
+        collecting = gc.isenabled()
+        gc.disable()
+        seconds = run(calls)
+        if collecting:
+            gc.enable()
+        link.send(seconds=seconds)
+
+
+def read_clock() -> float:
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def replace_timing(link: Link) -> None:
+    """Let pytest-benchmark's fixture serve slices in place of timing on its own."""
+    from pytest_benchmark.fixture import BenchmarkFixture
+
+    def call(fixture: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
+        def run(calls: int) -> float:
+            start = read_clock()
+            for _ in range(calls):
+                function(*args, **kwargs)
+            return read_clock() - start
+
+        serve_slices(link, fixture, run)
+        return function(*args, **kwargs)
+
+    def pedantic(
+        fixture: Any,
+        target: Any,
+        args: Any = (),
+        kwargs: Any = None,
+        setup: Any = None,
+        teardown: Any = None,
+        **_counts: Any,
+    ) -> Any:
+        if setup is None and teardown is None:
+            return call(fixture, target, *args, **(kwargs or {}))
+
+        def once() -> tuple[float, Any]:
+            # As pytest-benchmark does: what setup returns replaces the arguments.
+            made = setup() if setup else None
+            these, named = made or (args, kwargs or {})
+            start = read_clock()
+            result = target(*these, **named)
+            seconds = read_clock() - start
+            if teardown:
+                teardown(*these, **named)
+            return seconds, result
+
+        serve_slices(link, fixture, lambda calls: sum(once()[0] for _ in range(calls)))
+        return once()[1]
+
+    for name, replacement in (("__call__", call), ("pedantic", pedantic)):
+        setattr(BenchmarkFixture, name, replacement)
+
+
+def usable_options(options: list[str], with_plugins: bool) -> list[str]:
+    """The options without plugins that are not needed, or that this checkout does not have yet."""
+    usable = []
+    for option, value in zip(options[::2], options[1::2], strict=True):
+        if option != "-p" or (with_plugins and importlib.util.find_spec(value)):
+            usable += [option, value]
+    return usable
+
+
+def main() -> None:
+    task = json.loads(sys.argv[1])
+    link = Link(task["read"], task["write"])
+    if task["mode"] == "time":
+        replace_timing(link)
+    # The script's own folder must not shadow what the suite imports.
+    sys.path[:] = [entry for entry in sys.path if entry != str(Path(__file__).parent)]
+    options = usable_options(task["options"], task["with_plugins"])
+    options += ["-q", "--no-header", "-p", "no:cacheprovider"]
+    if task["mode"] == "time":
+        # Plugins that many environments have, that take longer to import than a light suite.
+        options += ["-p", "no:hypothesispytest", "-p", "no:anyio"]
+    elif task["mode"] == "figures":
+        options.append(f"--mmopt-figures={task['figures_file']}")
+    if importlib.util.find_spec("xdist"):
+        options.append("-n0")  # over whatever the project's own options say
+    status = pytest.main([*options, task["suite"]], plugins=[Side(task, link)])
+    link.send(event="end", status=int(status))
+    # pytest has torn its fixtures down; taking the interpreter apart costs a light suite as much
+    # as a benchmark.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -11,7 +11,7 @@ from pathlib import Path
 from mmopt.measure.fingerprint import fingerprint
 from mmopt.measure.gate.config import GateConfig
 from mmopt.measure.gate.decision import LOOKS, Contest, Verdict, judge
-from mmopt.measure.gate.pair import PairResult, Stopped, Worker, time_pair
+from mmopt.measure.gate.pair import PairResult, Stopped, Worker, layout_not_random, time_pair
 from mmopt.measure.gate.report import GateReport
 from mmopt.measure.gate.revisions import (
     Checkout,
@@ -69,6 +69,12 @@ def gate(
         require_clean(root, config.suite)
     cores = _cores(config.threads)
     notes = []
+    with layout_not_random() as equal_layouts:
+        if timed and not equal_layouts:
+            notes.append(
+                "This system does not let the gate turn address space randomization off (some "
+                "containers forbid it), so pairs scatter more, and more of them are needed."
+            )
     changed = changed_files(root, *revisions, config.suite)
     if changed:
         notes.append(
@@ -111,6 +117,8 @@ def gate(
 
 
 def _cores(threads: int) -> tuple[int, ...]:
+    if not hasattr(os, "sched_getaffinity"):
+        raise MmoptError("gate: this system cannot pin processes to cores. Run the gate on Linux.")
     usable = sorted(os.sched_getaffinity(0))
     if len(usable) < threads:
         raise InputError(

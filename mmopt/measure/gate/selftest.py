@@ -252,7 +252,7 @@ def _repository(root: Path) -> dict[str | None, str]:
         work = dict.fromkeys(_BENCHMARKS, UNITS)
         if slowed is not None:
             work[slowed] = round(UNITS * (1 + SLOWDOWN))
-        (suite / "work.py").write_text(f"WORK = {work}\n", encoding="utf-8")
+        (suite / "work.json").write_text(json.dumps(work), encoding="utf-8")
         git("add", "--all")
         git("commit", "--quiet", "--allow-empty", "--message", f"slowed: {slowed}")
         return git("rev-parse", "HEAD")
@@ -269,7 +269,7 @@ def _repository(root: Path) -> dict[str | None, str]:
 def _trial(
     root: Path, commits: Mapping[str | None, str], slowed: str | None, seed: int, peer: bool
 ) -> Trial:
-    config = GateConfig(sources=(Path("bench"),))
+    config = GateConfig()
     report = gate(commits["base"], head=commits[slowed], config=config, folder=root, seed=seed)
     called = {contest.name.rpartition("[")[2][:-1]: contest for contest in report.contests}
     if set(called) != set(_BENCHMARKS):

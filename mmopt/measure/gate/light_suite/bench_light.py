@@ -1,17 +1,21 @@
 """The suite on which `mmopt bench gate --self-test` measures the gate: ten light benchmarks.
 
-Each repeats its unit of work WORK[name] times. A slowdown by 3% is 103 units in place of 100, so
-that it is real work and its size is known.
+Each repeats its unit of work as often as work.json beside this file says. A slowdown by 3% is 103
+units in place of 100, so that it is real work and its size is known.
 """
 
 import bisect
 import hashlib
 import json
 import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from work import WORK
+
+WORK = json.loads(Path(__file__).with_name("work.json").read_text(encoding="utf-8"))
 
 TEXT = "The quick brown fox 123 jumps over lazy dogs 456. " * 2
 DIGITS = re.compile(r"\d+")
@@ -40,7 +44,7 @@ def bisection() -> None:
         bisect.bisect(KEYS, str(i))
 
 
-UNITS = {
+UNITS: dict[str, Callable[[], object]] = {
     "integers": integers,
     "lookups": lookups,
     "bisection": bisection,
@@ -55,11 +59,11 @@ UNITS = {
 
 
 @pytest.mark.parametrize("name", UNITS)
-def bench_light(benchmark, name):
+def bench_light(benchmark: Any, name: str) -> None:
     unit = UNITS[name]
     units = range(WORK[name])
 
-    def work():
+    def work() -> None:
         for _ in units:
             unit()
 

@@ -17,6 +17,7 @@ from mmopt.measure.statistics import (
     EXACT_WORK,
     MeanTest,
     bootstrap_median,
+    bootstrap_ratio,
     equivalence,
     holm,
     mann_whitney,
@@ -107,6 +108,40 @@ def test_bootstrap_of_a_million_samples_needs_no_table_of_draws() -> None:
     tracemalloc.stop()
     assert peak < 50e6  # the table would take 16 GB
     assert 0.998 < interval.low < interval.high < 1.002
+
+
+def test_bootstrap_ratio_agrees_with_scipy_and_turns_around_with_its_sides() -> None:
+    base, head = _samples(31, 1), [1.2 * value for value in _samples(40, 2)]
+    ours = bootstrap_ratio(base, head)
+    theirs = scipy.stats.bootstrap(
+        (base, head),
+        lambda a, b, axis: np.median(b, axis=axis) / np.median(a, axis=axis),
+        n_resamples=20000,
+        method="percentile",
+        rng=np.random.default_rng(1),
+    ).confidence_interval
+    slack = 0.2 * (theirs.high - theirs.low)
+    assert ours.low == pytest.approx(float(theirs.low), abs=slack)
+    assert ours.high == pytest.approx(float(theirs.high), abs=slack)
+    turned = bootstrap_ratio(head, base)
+    assert 1 / turned.high == pytest.approx(ours.low, abs=slack)
+    assert 1 / turned.low == pytest.approx(ours.high, abs=slack)
+
+
+def test_bootstrap_ratio_of_one_sample_each_is_their_ratio() -> None:
+    interval = bootstrap_ratio([2.0], [3.0])
+    assert (interval.low, interval.high) == (1.5, 1.5)
+    assert bootstrap_ratio([1.0, 2.0], [3.0], seed=1) == bootstrap_ratio([1.0, 2.0], [3.0], seed=1)
+
+
+@pytest.mark.parametrize(
+    ("base", "head"),
+    [([], [1.0]), ([1.0], []), ([0.0], [1.0]), ([1.0], [-1.0]), ([math.nan], [1.0]),
+     ([1.0], [math.inf])],
+)  # fmt: skip
+def test_samples_without_a_ratio_are_refused(base: list[float], head: list[float]) -> None:
+    with pytest.raises(InputError, match="expected"):
+        bootstrap_ratio(base, head)
 
 
 def test_one_sample_gives_an_interval_of_no_width() -> None:

@@ -107,6 +107,9 @@ class GateReport:
             parts.append(_figures_table(changed, len(self.figures)))
         parts += [Text(note) for note in self.notes]
         parts += [Text(c.note) for c in self.contests if c.note]
+        parts += [
+            Text(f"Meanwhile {warning}.") for warning in (self.conditions or {}).get("warnings", ())
+        ]
         parts.append(Text(self_test_line(self.self_test)))
         verdict = self.verdict
         parts.append(Text(f"{verdict} in {self.seconds:.0f} s", style=_STYLES[verdict]))
@@ -155,7 +158,7 @@ def _row(contest: Contest) -> list[Text]:
         Text(contest.name),
         Text("-" if contest.slowdown is None else f"{contest.slowdown:+.1%}"),
         Text("-" if interval is None else f"{interval.low:+.1%} to {interval.high:+.1%}"),
-        Text(f"{contest.margin:.3g}" if contest.margin < 1e-3 else f"{contest.margin:.1%}"),
+        Text(f"{contest.margin:.1%}"),
         Text(str(len(contest.log_ratios))),
         Text(verdict, style=_STYLES[verdict]),
     ]

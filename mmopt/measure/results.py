@@ -4,7 +4,7 @@ import dataclasses
 import json
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,10 +23,20 @@ from mmopt.measure.statistics import (
     percentile,
     samples_for_percentile,
 )
+from mmopt.measure.throttling import Conditions
+from mmopt.measure.timers import TIMER_MEANING
 from mmopt_kernels import __version__
 from mmopt_kernels.errors import InputError, MmoptError
 
 SCHEMA_VERSION = 1
+
+# What the column "peak memory" holds; the JSON has every figure.
+_MEMORY_NOTES = {
+    "cpu": "Peak memory: VmHWM of a fresh process that loads and runs the variant, with the "
+    "interpreter and libraries, and compilation where there is one.",
+    "cuda": "Peak memory: what torch had reserved on the GPU in a fresh process that loads and "
+    "runs the variant, without the CUDA context.",
+}
 
 
 @dataclass(frozen=True)
@@ -43,6 +53,9 @@ class Measurement:
         first_call: seconds of the first call, compilation included; None when not measured.
         steady: whether warm-up settled before sampling began.
         memory: peaks of a fresh process that loads and runs it; None when not measured.
+        timer: what took the samples, of `mmopt.measure.timers.TIMERS`; measurements of different
+            timers do not compare.
+        instructions: retired per call in user space; None where they cannot be counted.
     """
 
     source: str
@@ -54,6 +67,8 @@ class Measurement:
     first_call: float | None = None
     steady: bool = True
     memory: PeakMemory | None = None
+    timer: str = "wall"
+    instructions: int | None = None
 
     @cached_property
     def median(self) -> float:
@@ -68,9 +83,17 @@ class Measurement:
     @cached_property
     def p95(self) -> float | None:
         """95th percentile in seconds; None unless single calls were timed, and enough of them."""
-        if self.calls > 1 or len(self.samples) < samples_for_percentile(95):
+        return self._percentile(95)
+
+    @cached_property
+    def p99(self) -> float | None:
+        """99th percentile in seconds, as `p95`; it takes 662 samples."""
+        return self._percentile(99)
+
+    def _percentile(self, percent: float) -> float | None:
+        if self.calls > 1 or len(self.samples) < samples_for_percentile(percent):
             return None
-        return percentile(self.samples, 95)
+        return percentile(self.samples, percent)
 
     @property
     def throughput(self) -> float:
@@ -87,10 +110,13 @@ class Measurement:
             "median_seconds": self.median,
             "median_ci95_seconds": [self.interval.low, self.interval.high],
             "p95_seconds": self.p95,
+            "p99_seconds": self.p99,
             "sequences_per_second": self.throughput,
             "first_call_seconds": self.first_call,
             "calls_per_sample": self.calls,
             "steady": self.steady,
+            "timer": self.timer,
+            "instructions_per_call": self.instructions,
             "memory": None if self.memory is None else dataclasses.asdict(self.memory),
             "samples_seconds": list(self.samples),
         }
@@ -106,6 +132,8 @@ class BenchReport:
         adapter: the adapter that the checkpoints carried.
         seed: of the token ids and of the order.
         created: UTC, ISO 8601.
+        device: `cpu` or `cuda`.
+        conditions: what the machine did while the samples were taken; None when not watched.
     """
 
     measurements: tuple[Measurement, ...]
@@ -113,6 +141,13 @@ class BenchReport:
     adapter: str | None
     seed: int
     created: str
+    device: str = "cpu"
+    conditions: Conditions | None = None
+
+    @property
+    def timer(self) -> str:
+        """What took the samples, of `mmopt.measure.timers.TIMERS`."""
+        return self.measurements[0].timer
 
     @property
     def exit_code(self) -> int:
@@ -127,6 +162,9 @@ class BenchReport:
             "created": self.created,
             "adapter": self.adapter,
             "seed": self.seed,
+            "device": self.device,
+            "timer": self.timer,
+            "conditions": None if self.conditions is None else self.conditions.to_dict(),
             "fingerprint": self.fingerprint.to_dict(),
             "measurements": [measurement.to_dict() for measurement in self.measurements],
         }
@@ -134,14 +172,11 @@ class BenchReport:
     def render(self) -> RenderableType:
         """A table, and below it what the numbers hold for."""
         several = len({m.source for m in self.measurements}) > 1
-        with_p95 = any(m.p95 is not None for m in self.measurements)
-        with_memory = any(m.memory is not None for m in self.measurements)
         table = Table(title=None if several else self.measurements[0].source, title_justify="left")
         for name in (["source"] if several else []) + ["backend"]:
             table.add_column(name, overflow="fold")
-        names = ["batch", "length", "median", "95% CI"] + ["p95"] * with_p95
-        names += ["seq/s", "first call"] + ["peak memory"] * with_memory
-        for name in names:
+        columns = self._columns()
+        for name in ["batch", "length", *columns]:
             table.add_column(name, justify="right", no_wrap=True)
         point = None
         for m in self.measurements:
@@ -149,34 +184,60 @@ class BenchReport:
                 table.add_section()
             point = (m.batch, m.length)
             row = ([m.source] if several else []) + [m.backend, str(m.batch), str(m.length)]
-            row += [format_seconds(m.median) + ("" if m.steady else "*"), format_interval(m)]
-            row += [format_seconds(m.p95)] * with_p95
-            row += [_three_digits(m.throughput), format_seconds(m.first_call)]
-            row += [_format_memory(m.memory)] * with_memory
+            row += [write(m) for write in columns.values()]
             # Paths may hold brackets, which rich would read as markup.
             table.add_row(*map(Text, row))
-        return Group(table, *map(Text, self._notes(with_p95, with_memory)))
+        return Group(table, *map(Text, self._notes()))
 
-    def _notes(self, with_p95: bool, with_memory: bool) -> list[str]:
+    def _columns(self) -> dict[str, Callable[[Measurement], str]]:
+        """What each column says of a measurement; without those that none of them has."""
+        columns: dict[str, Callable[[Measurement], str]] = {
+            "median": lambda m: format_seconds(m.median) + ("" if m.steady else "*"),
+            "95% CI": format_interval,
+        }
+        if any(m.p95 is not None for m in self.measurements):
+            columns["p95"] = lambda m: format_seconds(m.p95)
+        if any(m.p99 is not None for m in self.measurements):
+            columns["p99"] = lambda m: format_seconds(m.p99)
+        columns["seq/s"] = lambda m: _three_digits(m.throughput)
+        if any(m.instructions is not None for m in self.measurements):
+            columns["instructions"] = lambda m: _format_count(m.instructions)
+        columns["first call"] = lambda m: format_seconds(m.first_call)
+        if any(m.memory is not None for m in self.measurements):
+            columns["peak memory"] = lambda m: _format_memory(m.memory, self.device)
+        return columns
+
+    def _notes(self) -> list[str]:
         ran_on = self.fingerprint
         machine = f"{ran_on.cpu or 'unknown CPU'}, {ran_on.cores} cores, "
         machine += f"{ran_on.torch_threads} threads, torch {ran_on.torch}"
         if ran_on.onnxruntime:
             machine += f", onnxruntime {ran_on.onnxruntime}"
+        if self.device == "cuda":
+            machine += f", {', '.join(ran_on.gpus)}, driver {ran_on.gpu_driver}"
         notes = [machine]
+        if self.timer != "wall":
+            notes.append(f"Timer: {self.timer}, {TIMER_MEANING[self.timer]}.")
         if self.adapter:
             notes.append(f"Checkpoints carry the adapter {self.adapter}, not merged.")
         if not all(m.steady for m in self.measurements):
             notes.append("* warm-up had not settled: the machine was busy or the model slow.")
-        if not with_p95:
-            needed = samples_for_percentile(95)
-            notes.append(f"No p95: it needs {needed} samples of single calls (--rounds {needed}).")
-        if with_memory:
-            notes.append(
-                "Peak memory: VmHWM of a fresh process that loads and runs the variant, with the "
-                "interpreter and libraries, and compilation where there is one."
-            )
+        if self.conditions is not None and self.conditions.warnings:
+            notes.append(f"While it ran, {'; '.join(self.conditions.warnings)}.")
+        columns = self._columns()
+        for percent in (95, 99):
+            if f"p{percent}" not in columns:
+                notes.append(f"No p{percent}: {self._why_no_percentile(percent)}")
+                break  # the nearest one is enough to say
+        if any(m.memory is not None for m in self.measurements):
+            notes.append(_MEMORY_NOTES[self.device])
         return notes
+
+    def _why_no_percentile(self, percent: float) -> str:
+        if all(m.calls > 1 for m in self.measurements):
+            return "calls this short are timed several at a time, and a mean hides their tail."
+        needed = samples_for_percentile(percent)
+        return f"it needs {needed} samples of single calls (--rounds {needed})."
 
 
 def format_seconds(seconds: float | None) -> str:
@@ -198,18 +259,24 @@ def format_interval(measurement: Measurement) -> str:
     return f"{format_seconds(ends.low)} to {format_seconds(ends.high)}"
 
 
-def require_output_file(path: Path) -> None:
+def require_output_file(path: Path, option: str = "-o", name: str = "bench.json") -> None:
     """Refuse, before anything is measured, an output that could not be written afterwards.
+
+    Args:
+        path: what was given with `option`.
+        option: its name, for the message.
+        name: a file name to propose where `path` is a folder.
 
     Raises:
         InputError: the path is a folder, or its folder is missing or read-only.
     """
     if path.is_dir():
-        raise InputError(f"-o {path} is a folder, expected a file. Pass {path / 'bench.json'}.")
+        raise InputError(f"{option} {path} is a folder, expected a file. Pass {path / name}.")
+    where = f"{option} {path}: the folder {path.parent}"
     if not path.parent.is_dir():
-        raise InputError(f"-o {path}: the folder {path.parent} does not exist. Create it first.")
+        raise InputError(f"{where} does not exist. Create it first.")
     if not os.access(path.parent, os.W_OK):
-        raise InputError(f"-o {path}: the folder {path.parent} is not writable. Choose another.")
+        raise InputError(f"{where} is not writable. Choose another.")
 
 
 def write_report(report: BenchReport, path: Path) -> None:
@@ -249,7 +316,12 @@ def _three_digits(value: float) -> str:
     return f"{value:,.{digits}f}"
 
 
-def _format_memory(memory: PeakMemory | None) -> str:
-    if memory is None or memory.process_bytes is None:
+def _format_count(count: int | None) -> str:
+    return "-" if count is None else f"{count / 1e6:,.1f} M"
+
+
+def _format_memory(memory: PeakMemory | None, device: str) -> str:
+    if memory is None:
         return "-"
-    return f"{memory.process_bytes / 1e6:,.0f} MB"
+    shown = memory.process_bytes if device == "cpu" else memory.torch_reserved_bytes
+    return "-" if shown is None else f"{shown / 1e6:,.0f} MB"

@@ -15,8 +15,9 @@ from transformers import BertConfig, BertForSequenceClassification, PreTrainedTo
 from typer.testing import CliRunner
 
 from mmopt.cli.bench import bench_app
-from mmopt.measure import bench
+from mmopt.measure import bench, timing
 from mmopt.measure.bench import GridPoint, bench_run, parse_grid
+from mmopt.measure.timers import TIMERS
 from mmopt_export.pipeline import export
 from mmopt_kernels.errors import InputError, MmoptError
 
@@ -131,13 +132,49 @@ def test_an_adapter_rides_on_the_checkpoint_unmerged(checkpoint: str, adapter: s
     assert report.to_dict()["adapter"] == adapter
 
 
-def test_memory_is_the_peak_of_a_process_that_loaded_and_ran_the_variant(checkpoint: str) -> None:
-    report = bench_run([checkpoint], backends=["eager"], grid=[POINT], rounds=2, memory=True)
-    peak = report.measurements[0].memory
+def test_every_call_gets_other_ids_and_all_variants_the_same_sets(
+    artifact: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many tokens as the vocabulary has, so that its rows do not stay in the caches."""
+    sets = bench._rotation(POINT, vocabulary=40, seed=0)
+    assert len(sets) == 3  # 16 tokens each
+    assert len({ids.tobytes() for ids in sets}) == 3
+    assert (sets[0] == bench._token_ids(POINT, 40, seed=0)).all()
+    assert len(bench._rotation(GridPoint(1, 1), vocabulary=10**6, seed=0)) == bench.MOST_INPUTS
+    assert len(bench._rotation(GridPoint(8, 64), vocabulary=40, seed=0)) == 2
+
+    fed: list[bytes] = []
+    run = bench.Runner.run
+
+    def recording(self: object, feeds: dict[str, object]) -> object:
+        fed.append(feeds["input_ids"].tobytes())  # type: ignore[attr-defined]
+        return run(self, feeds)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(bench.Runner, "run", recording)
+    bench_run([artifact], grid=[POINT], rounds=2)
+    turns = [ids.tobytes() for ids in sets]
+    assert fed == [turns[index % 3] for index in range(len(fed))]
+
+
+def test_memory_is_the_peak_of_a_process_that_loaded_and_ran_the_variant(
+    checkpoint: str, artifact: str
+) -> None:
+    report = bench_run(
+        [checkpoint, artifact], backends=["eager", "ort"], grid=[POINT], rounds=2, memory=True
+    )
+    peak, of_artifact = (measurement.memory for measurement in report.measurements)
+    assert of_artifact is not None
+    assert of_artifact.tensor_bytes is None
+    # ONNX Runtime before 1.32 records neither.
+    assert (of_artifact.ort_arena_bytes is None) == (of_artifact.ort_in_use_bytes is None)
     assert peak is not None
     assert peak.process_bytes is not None
     assert peak.process_before_bytes is not None
     assert peak.process_bytes > peak.process_before_bytes
+    assert (peak.torch_allocated_bytes, peak.device_bytes, peak.ort_arena_bytes) == (None,) * 3
+    # At the least the widest activation, of 2 x 8 tokens and 64 features in float32.
+    assert peak.tensor_bytes is not None
+    assert peak.tensor_bytes >= 2 * 8 * 64 * 4
     assert report.to_dict()["measurements"][0]["memory"]["process_bytes"] == peak.process_bytes
 
 
@@ -161,7 +198,7 @@ def test_the_table_names_backend_grid_point_and_machine(artifact: str) -> None:
     arguments = ["bench", "run", artifact, "--grid", "batch=2", "--grid", "length=8"]
     ran = CliRunner().invoke(app, [*arguments, "--rounds", "2"], env={"COLUMNS": "200"})
     assert ran.exit_code == 0, ran.output
-    for word in ("ort", "median", "95% CI", "seq/s", "onnxruntime", "it needs 130 samples"):
+    for word in ("ort", "median", "95% CI", "seq/s", "onnxruntime", "No p95: "):
         assert word in ran.stdout
 
 
@@ -229,6 +266,88 @@ def test_bad_input_exits_2_with_one_message(arguments: list[str], said: str) -> 
 def test_adapter_without_a_checkpoint_is_refused(artifact: str, adapter: str) -> None:
     with pytest.raises(InputError, match="they carry their adapters already"):
         bench_run([artifact], adapter=adapter)
+
+
+def test_timer_device_and_conditions_are_in_the_report(artifact: str) -> None:
+    document = bench_run([artifact], grid=[POINT], rounds=2).to_dict()
+    assert (document["device"], document["timer"]) == ("cpu", "wall")
+    assert document["conditions"]["seconds"] > 0
+    assert document["measurements"][0]["timer"] == "wall"
+
+
+def test_cold_caches_are_swept_before_every_sample(
+    artifact: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    swept: list[None] = []
+    monkeypatch.setattr(timing, "CacheSweep", lambda: lambda: swept.append(None))
+    report = bench_run([artifact], grid=[POINT], rounds=3, timer="wall-cold-cache")
+    (measurement,) = report.measurements
+    assert (measurement.timer, measurement.calls) == ("wall-cold-cache", 1)
+    assert len(swept) >= 3
+
+
+def test_instructions_are_kept_where_they_can_be_counted(
+    artifact: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = iter((900, 100, 500))
+    monkeypatch.setattr(bench, "instructions_available", lambda: None)
+    monkeypatch.setattr(bench, "count_instructions", lambda call: (call(), next(counts))[1])
+    report = bench_run([artifact], grid=[POINT], rounds=2)
+    assert report.measurements[0].instructions == 500
+    monkeypatch.setattr(bench, "instructions_available", lambda: "not here")
+    assert bench_run([artifact], grid=[POINT], rounds=2).measurements[0].instructions is None
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"device": "tpu"}, "--device tpu: unknown, expected one of: cpu, cuda"),
+        ({"timer": "sundial"}, "--timer sundial: on cpu expected one of: wall, wall-cold-cache"),
+        ({"timer": "kernel-only"}, "It is a timer of --device cuda"),
+        ({"device": "cuda", "timer": "wall"}, "on cuda expected one of: host-inclusive"),
+    ],
+)
+def test_unknown_device_or_timer_is_refused_before_a_model_is_loaded(
+    options: dict[str, str], said: str
+) -> None:
+    with pytest.raises(InputError) as caught:
+        bench_run(["/nowhere/model"], **options)  # type: ignore[arg-type]
+    assert said in str(caught.value)
+
+
+def test_an_artifact_cannot_be_measured_on_a_gpu(artifact: str) -> None:
+    with pytest.raises(InputError, match=r"--device cuda: .*onnx is an artifact.*without --device"):
+        bench_run([artifact], device="cuda")
+
+
+def test_a_gpu_that_is_not_there_is_an_error_of_exit_code_3(
+    checkpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(MmoptError, match="nothing can be timed on a GPU") as caught:
+        bench_run([checkpoint], device="cuda")
+    assert caught.value.exit_code == 3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("timer", TIMERS["cuda"])
+def test_a_checkpoint_is_measured_on_the_gpu(checkpoint: str, timer: str) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+    report = bench_run(
+        [checkpoint],
+        backends=["eager"],
+        grid=[POINT],
+        rounds=3,
+        device="cuda",
+        timer=timer,
+        memory=True,
+    )
+    (measurement,) = report.measurements
+    assert measurement.timer == timer
+    assert all(sample > 0 for sample in measurement.samples)
+    assert measurement.memory is not None
+    assert measurement.memory.torch_allocated_bytes is not None
 
 
 def test_a_backend_that_cannot_run_is_an_error_not_a_number(

@@ -5,7 +5,7 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from mmopt.measure.plot import latency_plot
+from mmopt.measure.plot import Panel, Strip, distributions, latency_plot
 from mmopt.measure.results import Measurement
 from mmopt_kernels.errors import InputError
 
@@ -46,7 +46,7 @@ def test_sources_are_told_apart_by_their_last_part_or_in_full() -> None:
     short = latency_plot([_measurement(), _measurement("ort", source="out/artifact")])
     assert "ort · artifact<" in short
     full = latency_plot([_measurement(), _measurement(source="other/tiny")])
-    assert "eager · models/tiny<" in full
+    assert "eager · models/<wbr/>tiny<" in full  # long names break where their parts meet
 
 
 def test_positions_stay_within_the_drawing_and_outliers_are_counted() -> None:
@@ -55,6 +55,23 @@ def test_positions_stay_within_the_drawing_and_outliers_are_counted() -> None:
     assert positions
     assert all(0 <= at <= 100 for at in positions)
     assert "+1, to 500 ms" in html
+
+
+def test_a_few_long_samples_leave_room_for_the_difference_between_rows() -> None:
+    """On a busy machine a tenth of the samples took 20 times as long."""
+    busy = (*(0.001,) * 27, *(0.02,) * 3)
+    html = latency_plot([_measurement(samples=busy), _measurement("ort", samples=(0.0005,) * 30)])
+    first, second = (float(at) for at in re.findall(r'class="median" x1="([\d.]+)%"', html))
+    assert first == pytest.approx(2 * second, abs=0.02)
+    assert first > 45
+    assert "+3, to 20.0 ms" in html
+
+
+def test_labels_are_text_and_keep_their_words() -> None:
+    panel = Panel("<i>", [Strip("bench/x.py::bench_<b>[a-b]", _measurement(), 1)])
+    root = ElementTree.fromstring(distributions([panel], "<u>"))
+    assert not {"i", "b", "u"} & {element.tag for element in root.iter()}
+    assert "".join(root.itertext()).startswith("<i>bench/x.py::bench_<b>[a-b]")
 
 
 def test_many_samples_draw_a_bounded_number_of_dots() -> None:

@@ -2,7 +2,9 @@
 
 import json
 import os
+import signal
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,9 @@ app.add_typer(bench_app, name="bench")
 
 # Differences here are large, and a wide margin is decided soon.
 CONFIG = GateConfig(margin=0.5)
+
+# One benchmark of one pair, where what matters happens before a verdict.
+SHORT = GateConfig(budget=0.01)
 
 SUITE = """
 def bench_steady(benchmark):
@@ -177,11 +182,14 @@ def test_a_fixture_never_called_is_never_a_pass(repository: Repository) -> None:
 
 
 @pytest.mark.parametrize("side", ["base", "head"])
-def test_a_crash_names_the_side_and_what_it_printed(repository: Repository, side: str) -> None:
-    crash = SUITE.replace("benchmark(sum", "import os; print('about to die'); os._exit(7) or (sum")
+def test_a_crash_names_the_side_and_the_benchmark(repository: Repository, side: str) -> None:
+    crash = SUITE.replace("sum, range(1000)", "__import__('os')._exit, 7")
     repository.commit(bench__bench_x=crash if side == "base" else SUITE)
     repository.commit(bench__bench_x=crash if side == "head" else SUITE)
-    with pytest.raises(MmoptError, match=rf"crashed in {side} \(.*status 7") as caught:
+    with pytest.raises(
+        MmoptError,
+        match=rf"crashed in {side} \(.*\) at bench/bench_x.py::bench_steady with status 7",
+    ) as caught:
         repository.compare()
     assert caught.value.exit_code == 3
 
@@ -293,6 +301,184 @@ def test_code_from_outside_the_checkout_is_refused(
         repository.compare(GateConfig(sources=(Path("src"),)))
 
 
+def test_a_package_imported_late_from_outside_the_checkout_is_refused(
+    repository: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "product.py").write_text("def work():\n    pass\n")
+    suite = (
+        "import os, sys\nsys.path.insert(0, os.environ['ELSEWHERE'])\n"
+        "def bench_product(benchmark):\n    import product\n    benchmark(product.work)\n"
+    )
+    repository.commit(bench__bench_x=suite, src__product="def work():\n    pass\n")
+    repository.commit()
+    monkeypatch.setenv("ELSEWHERE", str(elsewhere))
+    with pytest.raises(MmoptError, match=r"imports product \(.*elsewhere.*the same code"):
+        repository.compare()
+
+
+def test_code_of_the_users_own_tree_is_refused(
+    repository: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Installed in editable mode, in a folder that `sources` does not name."""
+    suite = "import product\n\ndef bench_product(benchmark):\n    benchmark(product.work)\n"
+    repository.commit(bench__bench_x=suite, code__product="def work():\n    pass\n")
+    repository.commit()
+    monkeypatch.setenv("PYTHONPATH", str(repository.root / "code"))
+    with pytest.raises(MmoptError, match=r"imports product \(.*code.product.py.*the same code"):
+        repository.compare()
+
+
+def test_a_src_folder_needs_no_configuration(
+    repository: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    suite = "import product\n\ndef exact_size(figures):\n    figures.record('n', product.N)\n"
+    repository.commit(bench__bench_x=suite, src__product="N = 1\n")
+    repository.commit(src__product="N = 2\n")
+    monkeypatch.setenv("PYTHONPATH", str(repository.root / "src"))
+    assert repository.compare(timed=False).exit_code == 1
+
+
+def test_a_checkout_with_an_older_mmopt_of_its_own_can_be_timed(repository: Repository) -> None:
+    """One that does not have the plugin of the suites yet, nor the package that holds it."""
+    package = repository.root / "mmopt"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    repository.commit(bench__bench_x=SUITE)
+    repository.commit()
+    assert verdicts(repository.compare(SHORT)) == {"bench_steady": "INCONCLUSIVE"}
+
+
+def test_a_fixture_used_twice_fails_by_name(repository: Repository) -> None:
+    repository.commit(bench__bench_x=SUITE + "    benchmark(sum, range(10))\n")
+    repository.commit()
+    report = repository.compare()
+    assert verdicts(report) == {"bench_steady": "FAILED"}
+    assert "can only be used once" in str(report.contests[0].note)
+
+
+def test_a_benchmark_that_a_plugin_runs_again_fails_by_name(repository: Repository) -> None:
+    again = (
+        "from _pytest.runner import runtestprotocol\n"
+        "def pytest_runtest_protocol(item, nextitem):\n"
+        "    for _ in range(2):\n"
+        "        item._initrequest()\n"
+        "        runtestprotocol(item, nextitem=nextitem)\n"
+        "    item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)\n"
+        "    return True\n"
+    )
+    repository.commit(bench__bench_x=SUITE, bench__conftest=again)
+    repository.commit()
+    report = repository.compare()
+    assert verdicts(report) == {"bench_steady": "FAILED"}
+    assert "run more than once" in str(report.contests[0].note)
+
+
+def test_a_failing_benchmark_leaves_garbage_collection_as_it_was(repository: Repository) -> None:
+    suite = (
+        "import gc\n"
+        "def bench_fails(benchmark):\n    benchmark(lambda: 1 / 0)\n"
+        "def bench_next(benchmark):\n    assert gc.isenabled()\n    benchmark(sum, range(10))\n"
+    )
+    repository.commit(bench__bench_x=suite)
+    repository.commit()
+    found = verdicts(repository.compare())
+    assert found == {"bench_fails": "FAILED", "bench_next": "PASSED"}
+
+
+def test_a_project_that_turns_warnings_into_errors_can_be_timed(repository: Repository) -> None:
+    (repository.root / "pytest.ini").write_text("[pytest]\nfilterwarnings = error\n")
+    repository.commit(bench__bench_x=SUITE)
+    repository.commit()
+    assert verdicts(repository.compare(SHORT)) == {"bench_steady": "INCONCLUSIVE"}
+
+
+def test_more_ids_than_a_command_line_holds_can_be_timed(repository: Repository) -> None:
+    many = (
+        "import pytest\n@pytest.mark.parametrize('n', range(300), ids=lambda n: f'{n:0500}')\n"
+        "def bench_one(benchmark, n):\n    benchmark(sum, range(1000))\n"
+    )
+    repository.commit(bench__bench_x=many)
+    repository.commit()
+    assert len(repository.compare(SHORT).contests) == 300
+
+
+def test_processes_that_a_suite_leaves_behind_are_ended(
+    repository: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    suite = (
+        "import os, subprocess\n"
+        "child = subprocess.Popen(['sleep', '600'])\n"
+        "with open(os.environ['CHILDREN'], 'a') as file:\n    print(child.pid, file=file)\n"
+    )
+    repository.commit(bench__bench_x=suite + SUITE)
+    repository.commit()
+    children = tmp_path / "children"
+    monkeypatch.setenv("CHILDREN", str(children))
+    repository.compare(SHORT)
+    pids = children.read_text().split()
+    assert len(pids) == 4
+    assert not any(map(is_running, pids))
+
+
+def is_running(pid: str) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state != "Z"  # ended; whoever adopted it has yet to notice
+
+
+def test_a_suite_that_hangs_is_stopped(
+    repository: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mmopt.measure.gate.pair.PATIENCE_SECONDS", 4)
+    repository.commit(bench__bench_x=SUITE)
+    repository.commit(
+        bench__bench_x="import time\n" + SUITE.replace("sum, range(1000)", "time.sleep, 600")
+    )
+    with pytest.raises(MmoptError, match=r"head \(HEAD\) at .*::bench_steady said nothing for 4 s"):
+        repository.compare()
+
+
+def test_hooks_and_settings_of_git_in_the_environment_do_not_matter(
+    repository: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository.commit(bench__bench_x=EXACT.format(1))
+    repository.commit(bench__bench_x=EXACT.format(2))
+    hook = repository.root / ".git" / "hooks" / "post-checkout"
+    hook.parent.mkdir(exist_ok=True)
+    hook.write_text("#!/bin/sh\nexit 1\n")
+    hook.chmod(0o755)
+    other = Repository(tmp_path / "other").root
+    monkeypatch.setenv("GIT_DIR", str(other / ".git"))
+    monkeypatch.setenv("GIT_WORK_TREE", str(other))
+    assert repository.compare(timed=False).exit_code == 1
+
+
+def test_a_commit_held_against_itself_says_so(repository: Repository) -> None:
+    repository.commit(bench__bench_x=EXACT.format(1))
+    report = gate("HEAD", config=CONFIG, folder=repository.root, timed=False)
+    assert "HEAD and HEAD are the same commit" in " ".join(report.notes)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"config": GateConfig(skip=("*",))}, "none that is compared: all are skipped"),
+        ({"timed": False}, "no exact figures, and --exact times nothing"),
+    ],
+)
+def test_benchmarks_none_of_which_is_compared_are_bad_input(
+    repository: Repository, options: dict[str, Any], said: str
+) -> None:
+    repository.commit(bench__bench_x=SUITE)
+    repository.commit()
+    with pytest.raises(InputError, match=said):
+        repository.compare(**options)
+
+
 def test_an_exhausted_budget_is_inconclusive(repository: Repository) -> None:
     repository.commit(bench__bench_x=SUITE)
     repository.commit()
@@ -366,10 +552,46 @@ def test_the_command_prints_one_document_and_exits_by_verdict(
     assert (document["kind"], document["verdict"]) == ("gate", "REGRESSED")
 
 
+@pytest.mark.parametrize("suite", ["../bench", "{root}/bench/bench_x.py"])
+def test_the_suite_is_named_from_the_working_directory(
+    repository: Repository, monkeypatch: pytest.MonkeyPatch, suite: str
+) -> None:
+    """An absolute path too: joined to a checkout, it would be the user's tree on both sides."""
+    repository.commit(bench__bench_x=EXACT.format(1), sub__module="")
+    repository.commit(bench__bench_x=EXACT.format(2))
+    monkeypatch.chdir(repository.root / "sub")
+    arguments = ["--base", "HEAD~1", "--exact", suite.format(root=repository.root)]
+    ran = CliRunner().invoke(app, ["bench", "gate", *arguments])
+    assert ran.exit_code == 1, ran.output
+
+
+def test_a_job_that_is_ended_leaves_nothing(repository: Repository, tmp_path: Path) -> None:
+    suite = "import time\n\ndef bench_long(benchmark):\n    benchmark(time.sleep, 600)\n"
+    repository.commit(bench__bench_x=suite)
+    repository.commit()
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mmopt", "bench", "gate", "--base", "HEAD~1"],
+        cwd=repository.root,
+        env={**os.environ, "TMPDIR": str(temporary)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    assert any(line.startswith("pairs") for line in process.stderr)
+    process.terminate()
+    process.stderr.close()
+    assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    assert len(repository.git("worktree", "list").splitlines()) == 1
+    assert list(temporary.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         ([], "--base is missing"),
+        (["--base", "HEAD", "../elsewhere"], "is outside the repository"),
         (["--base", "HEAD", "--margin", "3"], "no share"),
         (["--base", "HEAD", "--config", "nowhere.toml"], "there is no such file"),
         (["--self-test", "--base", "HEAD"], "a suite of its own"),

@@ -45,6 +45,26 @@ def test_all_faults_come_in_one_message(tmp_path: Path) -> None:
         assert part in str(caught.value)
 
 
+@pytest.mark.parametrize("path", ["/tmp/bench", "../bench", "bench/../../x"])
+@pytest.mark.parametrize("key", ["suite", "sources"])
+def test_a_path_that_leaves_the_checkout_is_refused(tmp_path: Path, key: str, path: str) -> None:
+    """Both sides would be the same files, and pass."""
+    file = tmp_path / "gate.toml"
+    file.write_text(f"suite = '{path}'" if key == "suite" else f"sources = ['{path}']")
+    with pytest.raises(InputError, match=rf"{key}.*leaves the checkout"):
+        read_config(tmp_path, file)
+
+
+@pytest.mark.parametrize(
+    ("text", "name"), [("tool = 3", "tool"), ("[tool]\nmmopt = 3", "mmopt"),
+                       ("[tool.mmopt]\ngate = 3", "gate")]
+)  # fmt: skip
+def test_a_value_in_place_of_the_table_is_named(tmp_path: Path, text: str, name: str) -> None:
+    (tmp_path / "pyproject.toml").write_text(text)
+    with pytest.raises(InputError, match=rf"{name} is 3, expected \[tool\.mmopt\.gate\]"):
+        read_config(tmp_path, None)
+
+
 def test_no_toml_is_named(tmp_path: Path) -> None:
     file = tmp_path / "gate.toml"
     file.write_text("margin = = 3")

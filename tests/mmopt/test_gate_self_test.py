@@ -13,7 +13,7 @@ from mmopt.measure.gate.report import GateReport, self_test_line
 from mmopt.measure.gate.revisions import Revision
 from mmopt.measure.gate.selftest import SelfTestReport, Trial, self_test
 from mmopt.measure.gate.store import MACHINE_FIELDS, store_self_test, stored_self_test
-from mmopt_kernels.errors import InputError
+from mmopt_kernels.errors import InputError, MmoptError
 
 MACHINE = dict.fromkeys(MACHINE_FIELDS, "this one")
 
@@ -82,6 +82,47 @@ def test_a_result_of_another_method_or_a_damaged_one_is_not_carried(cache: Path)
     assert stored_self_test(MACHINE) is None
     (cache / "mmopt" / "gate-self-test.json").write_text('{"fingerprint": ')
     assert stored_self_test(MACHINE) is None
+
+
+@pytest.mark.parametrize("fingerprint", [None, [], 3])
+def test_a_stored_result_of_another_shape_is_not_carried(fingerprint: object) -> None:
+    store_self_test({**rates(EQUAL), "fingerprint": fingerprint})
+    assert stored_self_test(MACHINE) is None
+
+
+def test_a_result_that_cannot_be_kept_is_refused_before_any_trial(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (cache / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache / "file"))
+    with pytest.raises(MmoptError, match=r"cannot be kept.*XDG_CACHE_HOME"):
+        self_test(trials=2)
+
+
+def test_a_user_without_a_home_has_no_stored_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", no_home)
+    assert stored_self_test(MACHINE) is None
+    with pytest.raises(MmoptError, match=r"home directory.*XDG_CACHE_HOME"):
+        store_self_test(rates(EQUAL))
+
+
+def test_the_repository_of_a_git_hook_is_not_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hooks run with GIT_DIR set, and there the self-test's commits would land."""
+    users, own = tmp_path / "users", tmp_path / "own"
+    for folder in (users, own):
+        folder.mkdir()
+    selftest.subprocess.run(["git", "init", "--quiet"], cwd=users, check=True)
+    before = sorted(users.rglob("*"))
+    monkeypatch.setenv("GIT_DIR", str(users / ".git"))
+    selftest._repository(own)
+    assert sorted(users.rglob("*")) == before
+    assert (own / ".git").is_dir()
 
 
 def test_every_report_says_how_far_it_can_be_believed() -> None:

@@ -1,5 +1,7 @@
 """`mmopt bench gate`: compare two revisions, and measure the gate itself."""
 
+import signal
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -59,7 +61,7 @@ def gate(
     decided or could not run.
     """
     from mmopt.measure.gate.config import read_config
-    from mmopt.measure.gate.revisions import repository_root
+    from mmopt.measure.gate.revisions import from_root, repository_root
     from mmopt.measure.gate.run import gate
     from mmopt.measure.gate.selftest import self_test as run_self_test
     from mmopt.measure.results import require_output_file
@@ -67,6 +69,8 @@ def gate(
 
     if output is not None:
         require_output_file(output)
+    # Ends like Ctrl-C does: the checkouts are removed and the workers ended.
+    signal.signal(signal.SIGTERM, _terminate)
     report: Report
     if self_test:
         if base or head or suite or exact:
@@ -79,8 +83,13 @@ def gate(
         if base is None:
             raise InputError("bench gate: --base is missing. Pass --base HEAD~1, say.")
         here = Path.cwd()
+        root = repository_root(here)
         settings = read_config(
-            repository_root(here), config, suite=suite, margin=margin, budget=budget
+            root,
+            config,
+            suite=None if suite is None else from_root(root, suite),
+            margin=margin,
+            budget=budget,
         )
         report = gate(
             base, head=head, config=settings, folder=here, timed=not exact, progress=progress_bar
@@ -88,3 +97,7 @@ def gate(
     if output is not None:
         write_json(output, report.to_dict())
     return report
+
+
+def _terminate(number: int, _frame: object) -> None:
+    sys.exit(128 + number)

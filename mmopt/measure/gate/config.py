@@ -5,7 +5,14 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+)
 
 from mmopt_kernels.errors import InputError
 
@@ -28,7 +35,17 @@ def parse_share(text: object) -> float:
     raise ValueError(f"{text!r} is no share, expected 3% or 0.03 (above 0, below 100%)")
 
 
+def _within(path: Path) -> Path:
+    # Joined to a checkout, any other path would lead both sides to the same files.
+    if path.is_absolute() or ".." in path.parts:
+        raise ValueError(
+            f"{path} leaves the checkout, expected a path relative to the repository's root"
+        )
+    return path
+
+
 Share = Annotated[float, BeforeValidator(parse_share)]
+Inner = Annotated[Path, AfterValidator(_within)]
 
 
 class GateConfig(BaseModel):
@@ -36,7 +53,8 @@ class GateConfig(BaseModel):
 
     Attributes:
         suite: folder or file of the suite, relative to the repository's root.
-        sources: folders of the checkout that are put on PYTHONPATH, before what is installed.
+        sources: folders of the checkout that are put on PYTHONPATH, before what is installed;
+            those that a checkout does not have are left out.
         build: shell commands run in each checkout before anything is measured.
         margin: the slowdown that must not pass.
         margins: margins of the benchmarks whose node id fits a pattern (`*` and `?`; the first
@@ -50,8 +68,8 @@ class GateConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    suite: Path = Path("bench")
-    sources: tuple[Path, ...] = (Path("."),)
+    suite: Inner = Path("bench")
+    sources: tuple[Inner, ...] = (Path("src"), Path("."))
     build: tuple[str, ...] = ()
     margin: Share = 0.03
     margins: dict[str, Share] = {}
@@ -95,10 +113,15 @@ def read_config(root: Path, file: Path | None, **options: Any) -> GateConfig:
         raise InputError(f"--config {file}: there is no such file.")
     if source.is_file():
         try:
-            document = tomllib.loads(source.read_text(encoding="utf-8"))
+            values = tomllib.loads(source.read_text(encoding="utf-8"))
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise InputError(f"{source} is no TOML file: {error}.") from error
-        values = document if file else document.get("tool", {}).get("mmopt", {}).get("gate", {})
+        except OSError as error:
+            raise InputError(f"{source} cannot be read: {error.strerror}.") from error
+        for table in () if file else ("tool", "mmopt", "gate"):
+            values = values.get(table, {})
+            if not isinstance(values, dict):
+                raise InputError(f"{source}: {table} is {values!r}, expected [tool.mmopt.gate].")
     values = {**values, **{key: value for key, value in options.items() if value is not None}}
     try:
         return GateConfig.model_validate(values)

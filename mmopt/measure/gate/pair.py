@@ -7,6 +7,7 @@ import math
 import os
 import random
 import select
+import signal
 import statistics
 import subprocess
 import sys
@@ -96,31 +97,34 @@ class Worker:
         read, self._orders = os.pipe()
         self._answers, write = os.pipe()
         self._unread = b""
+        self._at: str | None = None
         # Not a pipe: nobody reads it while the worker runs.
         self._output = tempfile.TemporaryFile()  # noqa: SIM115  (closed in close())
         task = {
             "mode": mode,
-            "read": read,
-            "write": write,
             "suite": str(suite),
             "options": PYTEST_OPTIONS,
             "with_plugins": with_plugins,
             "roots": list(map(str, checkout.sources)),
+            "repository": str(checkout.repository.resolve()),
             "ids": list(ids),
             "figures_file": None if figures_file is None else str(figures_file),
         }
         with layout_not_random():
             self._process = subprocess.Popen(
-                [sys.executable, str(_WORKER), json.dumps(task)],
+                [sys.executable, str(_WORKER), str(read), str(write)],
                 cwd=checkout.root,
                 env={**checkout.environment(), **_settings(threads, seed)},
                 stdin=subprocess.DEVNULL,
                 stdout=self._output,
                 stderr=subprocess.STDOUT,
                 pass_fds=(read, write),
+                # To end what the suite starts as well; Ctrl-C reaches the gate, which ends all.
+                process_group=0,
             )
         os.close(read)
         os.close(write)
+        self.send(**task)
 
     def __enter__(self) -> "Worker":
         return self
@@ -135,8 +139,9 @@ class Worker:
 
     @property
     def name(self) -> str:
-        """The side and the revision, for messages."""
-        return f"{self.checkout.side} ({self.checkout.revision.ref})"
+        """The side, the revision, and the benchmark if it is at one, for messages."""
+        at = f" at {self._at}" if self._at else ""
+        return f"{self.checkout.side} ({self.checkout.revision.ref}){at}"
 
     def send(self, **order: Any) -> None:
         """Give an order."""
@@ -165,6 +170,8 @@ class Worker:
             self._unread += chunk
         line, self._unread = self._unread.split(b"\n", 1)
         answer: dict[str, Any] = json.loads(line)
+        if answer.get("event") in ("at", "finished"):
+            self._at = answer["id"] if answer["event"] == "at" else None
         if answer.get("event") == "broken":
             raise MmoptError(
                 f"gate: {answer['where']} cannot be collected in {self.name}:\n"
@@ -195,7 +202,7 @@ class Worker:
         return tail(self._output.read().decode(errors="replace"))
 
     def close(self) -> None:
-        """End the process."""
+        """End the process and what it started."""
         for pipe in (self._orders, self._answers):
             with contextlib.suppress(OSError):
                 os.close(pipe)
@@ -205,6 +212,10 @@ class Worker:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        finally:
+            # The worker leaves no time for the ends of its own children.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
         self._output.close()
 
 
@@ -346,7 +357,11 @@ def _stopped(worker: Worker, name: str, answer: dict[str, Any]) -> Stopped:
             )
         if answer["event"] == "finished":
             return Stopped(worker.checkout.side, outcome, text)
-        outcome, text = answer["event"], tail(answer["text"])
+        if answer["event"] == "at":  # a plugin that runs failed tests again
+            worker.send(calls=0)
+            outcome, text = "failed", "it was run more than once"
+        else:
+            outcome, text = answer["event"], tail(answer["text"])
         answer = worker.receive()
 
 

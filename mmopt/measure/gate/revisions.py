@@ -34,12 +34,14 @@ class Checkout:
         revision: what is checked out.
         root: where.
         sources: folders that go on PYTHONPATH.
+        repository: the user's own tree, which must not be what is measured.
     """
 
     side: str
     revision: Revision
     root: Path
     sources: tuple[Path, ...]
+    repository: Path
 
     def environment(self) -> dict[str, str]:
         """The process environment in which this checkout's code is the one imported."""
@@ -64,6 +66,20 @@ def repository_root(folder: Path) -> Path:
             "Run the gate inside the repository whose revisions it compares."
         )
     return Path(ran.stdout.strip())
+
+
+def from_root(root: Path, path: Path) -> Path:
+    """A path of the command line, which is relative to the working directory, from the root.
+
+    Raises:
+        InputError: it is outside the repository.
+    """
+    place = path.resolve()
+    if not place.is_relative_to(root.resolve()):
+        raise InputError(
+            f"gate: {path} is outside the repository {root}. Name a folder or a file in it."
+        )
+    return place.relative_to(root.resolve())
 
 
 def resolve(root: Path, ref: str, option: str) -> Revision:
@@ -137,7 +153,7 @@ def checked_out(
                         f"gate: {side} ({revision.ref}) has none of the source folders "
                         f"{', '.join(map(str, config.sources))}. Set sources in [tool.mmopt.gate]."
                     )
-                checkout = Checkout(side, revision, place, sources)
+                checkout = Checkout(side, revision, place, sources, root)
                 _build(checkout, config.build)
                 sides.append(checkout)
                 advance(1)
@@ -180,13 +196,22 @@ def tail(text: str) -> str:
     return "\n".join(text.strip().splitlines()[-TAIL_LINES:])
 
 
+def git_environment() -> dict[str, str]:
+    """The process environment in which git works on the repository of its working directory."""
+    # Hooks set GIT_DIR and others, which would point git at their repository.
+    listed = subprocess.run(
+        ["git", "rev-parse", "--local-env-vars"], capture_output=True, text=True, check=False
+    )
+    local = listed.stdout.split()
+    return {name: value for name, value in os.environ.items() if name not in local}
+
+
 def _git(folder: Path, *arguments: str, check: bool = True) -> "subprocess.CompletedProcess[str]":
-    # Hooks set GIT_DIR and GIT_INDEX_FILE, which would point git at their repository.
-    environment = {k: v for k, v in os.environ.items() if k not in ("GIT_DIR", "GIT_INDEX_FILE")}
     ran = subprocess.run(
-        ["git", *arguments],
+        # The user's hooks are for the user's checkouts, not for these.
+        ["git", "-c", f"core.hooksPath={os.devnull}", *arguments],
         cwd=folder,
-        env=environment,
+        env=git_environment(),
         capture_output=True,
         text=True,
         errors="replace",

@@ -75,6 +75,11 @@ def gate(
                 "This system does not let the gate turn address space randomization off (some "
                 "containers forbid it), so pairs scatter more, and more of them are needed."
             )
+    if revisions[0].commit == revisions[1].commit:
+        notes.append(
+            f"{revisions[0].ref} and {revisions[1].ref} are the same commit: nothing differs that "
+            "could be found."
+        )
     changed = changed_files(root, *revisions, config.suite)
     if changed:
         notes.append(
@@ -96,6 +101,11 @@ def gate(
             for checkout, (_, exact) in zip((old, new), found, strict=True)
         ]
         contests = _contests(found[0][0], found[1][0], config) if timed else []
+        if not contests and not any(figures):
+            raise InputError(
+                f"gate: {config.suite} has benchmarks, but none that is compared: "
+                + ("all are skipped." if timed else "no exact figures, and --exact times nothing.")
+            )
         if contests:
             both = any({*timed_ids} & {*exact_ids} for timed_ids, exact_ids in found)
             notes += _run_pairs((old, new), contests, config, both, cores, seed, progress)
@@ -135,7 +145,7 @@ def _collect(checkout: Checkout, suite: Path) -> tuple[list[str], list[str]]:
     if not (checkout.root / suite).exists():
         raise InputError(
             f"gate: {where} has no {suite}, so there are no benchmarks to compare. "
-            "Name the suite, relative to the repository's root."
+            "Name a folder or a file that both revisions have."
         )
     with Worker(checkout, "collect", suite) as worker:
         answer = worker.expect("collected")

@@ -6,6 +6,7 @@ the next one in each trial.
 """
 
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -24,8 +25,9 @@ from rich.text import Text
 from mmopt.measure.fingerprint import fingerprint
 from mmopt.measure.gate.config import GateConfig
 from mmopt.measure.gate.decision import LOOKS, Verdict
+from mmopt.measure.gate.revisions import git_environment
 from mmopt.measure.gate.run import gate
-from mmopt.measure.gate.store import store_self_test
+from mmopt.measure.gate.store import prepare_store, store_self_test
 from mmopt.measure.statistics import median
 from mmopt.measure.suites.collection import PYTEST_OPTIONS
 from mmopt_export.progress import Progress, silent
@@ -35,6 +37,15 @@ UNITS = 100
 SLOWDOWN = 0.03
 
 PEER = f"pytest-benchmark --benchmark-compare-fail=mean:{SLOWDOWN:.0%}"
+
+# No identity, signature or hook of the user's.
+_SETTINGS = (
+    "user.name=mmopt",
+    "user.email=mmopt@localhost",
+    "commit.gpgSign=false",
+    f"core.hooksPath={os.devnull}",
+)
+_GIT_OPTIONS = [word for setting in _SETTINGS for word in ("-c", setting)]
 
 _SUITE = Path(__file__).with_name("light_suite")
 _BENCHMARKS = [
@@ -198,13 +209,14 @@ def self_test(
 
     Raises:
         InputError: fewer than two trials, or a negative peer_every.
-        MmoptError: the gate could not run.
+        MmoptError: the gate could not run, or the result could not be kept.
     """
     if trials < 2 or peer_every < 0:
         raise InputError(
             f"self-test: trials is {trials} and peer_every {peer_every}, expected 2 or more and 0 "
             "or more. 200 trials tell a rate of 1% from none."
         )
+    prepare_store()
     draw = random.Random(seed)
     slow_trials = trials // 2
     schedule: list[str | None] = []
@@ -240,9 +252,13 @@ def _repository(root: Path) -> dict[str | None, str]:
     """Commit the suite, an equal revision, and one per slowed benchmark; their names."""
 
     def git(*arguments: str) -> str:
-        options = ("-c", "user.name=mmopt", "-c", "user.email=mmopt@localhost")
         ran = subprocess.run(
-            ["git", *options, *arguments], cwd=root, capture_output=True, text=True, check=False
+            ["git", *_GIT_OPTIONS, *arguments],
+            cwd=root,
+            env=git_environment(),
+            capture_output=True,
+            text=True,
+            check=False,
         )
         if ran.returncode:
             raise MmoptError(f"self-test: git {arguments[0]} failed: {ran.stderr.strip()}")
@@ -305,8 +321,8 @@ def _peer_trial(
 
 
 def _pytest(root: Path, commit: str, *options: str) -> tuple[str, ...]:
-    checkout = ["git", "checkout", "--quiet", "--force", "--detach", commit]
-    subprocess.run(checkout, cwd=root, check=True)
+    checkout = ["git", *_GIT_OPTIONS, "checkout", "--quiet", "--force", "--detach", commit]
+    subprocess.run(checkout, cwd=root, env=git_environment(), check=True)
     ran = subprocess.run(
         [sys.executable, "-m", "pytest", "bench", *PYTEST_OPTIONS, *options, "-q"],
         cwd=root,

@@ -1,10 +1,11 @@
 """Attention on this machine's CPU: mmopt::attention beside SDPA, forward and forward + backward.
 
-Run with ``make bench``; groups put the peers of one case side by side.
+Groups put the peers of one case side by side. Exact: what mmopt's op needs beyond its inputs.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from mmopt.measure.memory import peak_tensor_bytes
 from mmopt_kernels import Intervals, attention
 
 
@@ -36,6 +38,9 @@ CASES = [
     Case("padded-batch", 4, 8, 8, 128, 128, padded=True),
     Case("decode", 1, 8, 2, 1, 512),
 ]
+
+
+NAME = operator.attrgetter("name")
 
 
 def tensors(case: Case) -> list[Tensor]:
@@ -71,28 +76,50 @@ def sdpa(case: Case) -> Callable[..., Tensor]:
     return lambda q, k, v: scaled_dot_product_attention(q, k, v, **options)
 
 
+def forward(case: Case, peer: str) -> Callable[[], Tensor]:
+    q, k, v = tensors(case)
+    op = PEERS[peer](case)
+
+    def call() -> Tensor:
+        with torch.no_grad():
+            return op(q, k, v).transpose(1, 2).contiguous()
+
+    return call
+
+
+def backward(case: Case, peer: str) -> Callable[[], tuple[Tensor, ...]]:
+    qkv = tensors(case)
+    op = PEERS[peer](case)
+    grad = torch.randn(case.B, case.S, case.Hq, case.D, dtype=case.dtype)
+    return lambda: torch.autograd.grad(op(*qkv).transpose(1, 2).contiguous(), qkv, grad)
+
+
 PEERS = {"mmopt": mmopt, "sdpa": sdpa}
 
 
 @pytest.mark.parametrize("peer", PEERS)
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+@pytest.mark.parametrize("case", CASES, ids=NAME)
 def bench_attention_forward(benchmark: Any, case: Case, peer: str) -> None:
     # Times the op and the layout its caller wants next; inputs and masks are made above.
     benchmark.group = f"attention forward {case.name}"
     benchmark.extra_info |= {"threads": torch.get_num_threads(), "case": str(case)}
-    q, k, v = tensors(case)
-    op = PEERS[peer](case)
-    with torch.no_grad():
-        benchmark(lambda: op(q, k, v).transpose(1, 2).contiguous())
+    benchmark(forward(case, peer))
 
 
 @pytest.mark.parametrize("peer", PEERS)
-@pytest.mark.parametrize("case", [c for c in CASES if c.S > 1], ids=lambda c: c.name)
+@pytest.mark.parametrize("case", [c for c in CASES if c.S > 1], ids=NAME)
 def bench_attention_backward(benchmark: Any, case: Case, peer: str) -> None:
     # Times forward and backward together: backward alone cannot run twice on one graph.
     benchmark.group = f"attention forward+backward {case.name}"
     benchmark.extra_info |= {"threads": torch.get_num_threads(), "case": str(case)}
-    qkv = tensors(case)
-    op = PEERS[peer](case)
-    grad = torch.randn(case.B, case.S, case.Hq, case.D, dtype=case.dtype)
-    benchmark(lambda: torch.autograd.grad(op(*qkv).transpose(1, 2).contiguous(), qkv, grad))
+    benchmark(backward(case, peer))
+
+
+# float32 only: for bfloat16 the kernel's buffers depend on the processor's matrix instructions.
+@pytest.mark.parametrize("case", [c for c in CASES if c.dtype is torch.float32], ids=NAME)
+def exact_attention_memory(figures: Any, case: Case) -> None:
+    call = forward(case, "mmopt")
+    figures.record("forward peak tensor bytes", peak_tensor_bytes(call), unit="bytes")
+    if case.S > 1:
+        both = peak_tensor_bytes(backward(case, "mmopt"))
+        figures.record("forward+backward peak tensor bytes", both, unit="bytes")

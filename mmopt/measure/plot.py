@@ -162,7 +162,7 @@ def ticks(end: float) -> list[float]:
 
 def breakable(name: str) -> str:
     """A name as HTML that may be broken where its parts meet, rather than anywhere."""
-    return re.sub(r"(::|[/_\[.-])(?=\w)", r"\1<wbr/>", escape(name))
+    return re.sub(r"(?<=[/_.:-])(?=\w)|(?<=\w)(?=\[)", "<wbr/>", escape(name))
 
 
 def _panel(panel: Panel) -> str:

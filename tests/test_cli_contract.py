@@ -17,6 +17,9 @@ BAD_CALLS = {
     "verify": ["verify", "/no/such/artifact"],
     "serve": ["serve", "/no/such/artifact"],
     "bench run": ["bench", "run", "/no/such/model"],
+    "bench compare": ["bench", "compare", "/no/such/a.json", "/no/such/b.json"],
+    "bench report": ["bench", "report", "/no/such/a.json"],
+    "bench exact": ["bench", "exact", "{tmp}", "--baseline", "/no/such/exact.json"],
 }
 
 

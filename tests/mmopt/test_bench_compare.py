@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import scipy.stats
 import typer
-from bench_results import CONDITIONS, MACHINE, bench_run, gate, samples, save, suite
 from typer.testing import CliRunner
 
+from bench_results import CONDITIONS, MACHINE, bench_run, gate, samples, save, suite
 from mmopt.cli.bench import bench_app
 from mmopt.measure.compare import CANNOT_TELL, compare
 from mmopt.measure.statistics import bootstrap_ratio, holm, median

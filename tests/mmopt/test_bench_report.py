@@ -13,6 +13,9 @@ from typing import Any
 
 import pytest
 import typer
+from markdown_it import MarkdownIt
+from typer.testing import CliRunner
+
 from bench_results import (
     CONDITIONS,
     MACHINE,
@@ -24,9 +27,6 @@ from bench_results import (
     save,
     suite,
 )
-from markdown_it import MarkdownIt
-from typer.testing import CliRunner
-
 from mmopt.cli.bench import bench_app
 from mmopt.measure.report.build import report
 from mmopt.measure.report.charts import Share, history, shares

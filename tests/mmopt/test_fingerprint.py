@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from fake_nvml import FakeGpu, FakeNvml
 
+from fake_nvml import FakeGpu, FakeNvml
 from mmopt.measure import fingerprint as module
 from mmopt.measure.fingerprint import differing_fields, fingerprint
 from mmopt.measure.machine import cgroup_quota_cores

@@ -14,6 +14,7 @@ import typer
 from typer.testing import CliRunner
 
 from mmopt.cli.bench import bench_app
+from mmopt.measure.gate._worker import usable_options
 from mmopt.measure.gate.config import GateConfig
 from mmopt.measure.gate.decision import Verdict
 from mmopt.measure.gate.report import GateReport
@@ -340,14 +341,11 @@ def test_a_src_folder_needs_no_configuration(
     assert repository.compare(timed=False).exit_code == 1
 
 
-def test_a_checkout_with_an_older_mmopt_of_its_own_can_be_timed(repository: Repository) -> None:
-    """One that does not have the plugin of the suites yet, nor the package that holds it."""
-    package = repository.root / "mmopt"
-    package.mkdir()
-    (package / "__init__.py").write_text("")
-    repository.commit(bench__bench_x=SUITE)
-    repository.commit()
-    assert verdicts(repository.compare(SHORT)) == {"bench_steady": "INCONCLUSIVE"}
+def test_a_plugin_whose_package_is_not_there_either_is_left_out() -> None:
+    """As in an older checkout of mmopt itself."""
+    options = ["-o", "x=1", "-p", "no_such_package.suites.plugin", "-p", "json.tool"]
+    assert usable_options(options, True) == ["-o", "x=1", "-p", "json.tool"]
+    assert usable_options(options, False) == ["-o", "x=1"]
 
 
 def test_a_fixture_used_twice_fails_by_name(repository: Repository) -> None:
@@ -606,3 +604,32 @@ def test_bad_usage_is_one_message_and_exit_2(
     ran = CliRunner().invoke(app, ["bench", "gate", *arguments])
     assert ran.exit_code == 2
     assert said in " ".join(ran.stderr.split())
+
+
+def test_a_package_in_an_unusual_folder_is_not_measured_as_it_is_installed(
+    repository: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """python/product is the project's own, and nothing says so: an installed copy must not pass."""
+    installed = tmp_path / "installed"
+    installed.mkdir()
+    (installed / "product.py").write_text("def work():\n    pass\n")
+    suite = "import product\n\ndef bench_product(benchmark):\n    benchmark(product.work)\n"
+    package = "def work():\n    sum(range({}))\n"
+    repository.commit(bench__bench_x=suite, python__product=package.format(10))
+    repository.commit(python__product=package.format(10000))
+    monkeypatch.setenv("PYTHONPATH", str(installed))
+    with pytest.raises(MmoptError, match=r"imports product \(.*Set sources"):
+        repository.compare()
+
+
+def test_a_slow_setup_does_not_run_away_with_the_budget(repository: Repository) -> None:
+    """A call of a microsecond behind a setup of 5 ms: not thousands of calls for one slice."""
+    repository.commit(
+        bench__bench_x="import time\n\ndef bench_setup(benchmark):\n"
+        "    benchmark.pedantic(lambda: None, setup=lambda: time.sleep(0.005), rounds=3)\n"
+    )
+    repository.commit()
+    report = repository.compare(GateConfig(margin=0.5, budget=1))
+    (contest,) = report.contests
+    assert contest.log_ratios
+    assert report.seconds < 60

@@ -14,9 +14,9 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from fake_nvml import FakeGpu, FakeNvml
 from onnx import TensorProto, helper, numpy_helper
 
+from fake_nvml import FakeGpu, FakeNvml
 from mmopt.measure import memory
 from mmopt.measure.memory import (
     OrtArena,

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bench_results import CONDITIONS, MACHINE, SELF_TEST, bench_run, contest, gate, save, suite
 
+from bench_results import CONDITIONS, MACHINE, SELF_TEST, bench_run, contest, gate, save, suite
 from mmopt.measure import results, stored
 from mmopt.measure.gate import report as gate_report
 from mmopt.measure.results import BenchReport, Measurement

@@ -9,8 +9,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from fake_nvml import FakeGpu, FakeNvml
 
+from fake_nvml import FakeGpu, FakeNvml
 from mmopt.measure import throttling
 from mmopt.measure.throttling import Clock, Conditions, GpuConditions, watch_conditions
 

@@ -10,7 +10,7 @@ holds):
               "figures": run the tests with exact figures and let their plugin write `figures_file`
     suite, options   for pytest; the options in pairs
     with_plugins   whether the plugins among them are needed
-    roots     source folders of the checkout, whose packages must be imported from there
+    roots     folders of the checkout whose packages must be imported from there
     repository   the user's own tree, from which nothing may be imported
     ids       tests to run, in this order
 """
@@ -98,7 +98,7 @@ def foreign_modules(roots: list[Path], repository: Path) -> list[str]:
     for root in roots:
         for entry in root.iterdir():
             is_package = entry.is_dir() and (entry / "__init__.py").is_file()
-            if is_package or entry.suffix == ".py":
+            if (is_package or entry.suffix == ".py") and entry.stem.isidentifier():
                 own.add(entry.stem)
     for name in own - origins.keys():
         # A benchmark may import it later.

@@ -12,6 +12,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +45,9 @@ MOST_SECONDS = 1.0
 WARM_UP_WINDOW = 3
 WARM_UP_SLICE = SLICE_SECONDS / 4
 WARM_UP_MOST_SLICES = 40
+
+SLOW_SETUP_SECONDS = 0.1
+"""Slices that take this long although their calls do not are made no longer."""
 
 PATIENCE_SECONDS = 600.0
 """The longest wait for one answer: importing the suite, or one slice; compilation included."""
@@ -105,7 +109,7 @@ class Worker:
             "suite": str(suite),
             "options": PYTEST_OPTIONS,
             "with_plugins": with_plugins,
-            "roots": list(map(str, checkout.sources)),
+            "roots": list(map(str, checkout.own)),
             "repository": str(checkout.repository.resolve()),
             "ids": list(ids),
             "figures_file": None if figures_file is None else str(figures_file),
@@ -388,9 +392,13 @@ def _time(workers: Sequence[Worker], slices: int, draw: random.Random) -> PairRe
     both(1)  # compiles, allocates, fills caches
     calls = 1
     seen: list[tuple[float, float]] = []
+    setup_is_slow = False
     while len(seen) < WARM_UP_MOST_SLICES:
+        began = time.monotonic()
         times = both(calls)
-        if max(times) * calls < WARM_UP_SLICE:
+        # What a benchmark sets up before each call is not timed, but takes its time.
+        setup_is_slow |= time.monotonic() - began > SLOW_SETUP_SECONDS
+        if max(times) * calls < WARM_UP_SLICE and not setup_is_slow:
             calls *= 2
             continue
         seen.append(times)
@@ -399,7 +407,8 @@ def _time(workers: Sequence[Worker], slices: int, draw: random.Random) -> PairRe
         ):
             break
     one_call = statistics.median(sum(times) / 2 for times in seen[-WARM_UP_WINDOW:])
-    calls = max(1, round(SLICE_SECONDS / one_call))
+    fitting = round(SLICE_SECONDS / one_call)
+    calls = max(1, min(calls, fitting) if setup_is_slow else fitting)
     affordable = int(MOST_SECONDS / (2 * one_call * calls))
     times_of_slices = [both(calls) for _ in range(max(FEWEST_SLICES, min(slices, affordable)))]
     return PairResult(

@@ -34,6 +34,7 @@ class Checkout:
         revision: what is checked out.
         root: where.
         sources: folders that go on PYTHONPATH.
+        own: folders whose packages must be imported from this checkout.
         repository: the user's own tree, which must not be what is measured.
     """
 
@@ -41,6 +42,7 @@ class Checkout:
     revision: Revision
     root: Path
     sources: tuple[Path, ...]
+    own: tuple[Path, ...]
     repository: Path
 
     def environment(self) -> dict[str, str]:
@@ -153,7 +155,10 @@ def checked_out(
                         f"gate: {side} ({revision.ref}) has none of the source folders "
                         f"{', '.join(map(str, config.sources))}. Set sources in [tool.mmopt.gate]."
                     )
-                checkout = Checkout(side, revision, place, sources, root)
+                # Unless the user says where the packages are, any folder may hold them.
+                folders = () if "sources" in config.model_fields_set else place.glob("[!.]*/")
+                own = tuple({*sources, *folders})
+                checkout = Checkout(side, revision, place, sources, own, root)
                 _build(checkout, config.build)
                 sides.append(checkout)
                 advance(1)

@@ -181,7 +181,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if hasattr(config, "workerinput"):
         return  # pytest-xdist's worker: the process that started it writes
     # Found before the tests run, not after them.
-    if path.is_dir() or not path.parent.is_dir():
+    if (path.exists() and not path.is_file()) or not path.parent.is_dir():
         raise pytest.UsageError(f"{FIGURES_OPTION}={path}: expected a file in a folder that exists")
     path.unlink(missing_ok=True)
     config.pluginmanager.register(_Writer(path), "mmopt-figures-writer")

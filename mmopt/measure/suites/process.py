@@ -18,6 +18,8 @@ from mmopt_kernels.errors import InputError, MmoptError
 
 _PERCENT = re.compile(r"\[\s*(\d+)%\]")
 
+_OF_XDIST = ("PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT", "PYTEST_XDIST_TESTRUNUID")
+
 # Enough for the message of one failure and its place; the command that shows the rest is named.
 _LINES_SHOWN = 12
 
@@ -72,7 +74,7 @@ def require_suites(suites: Sequence[str]) -> None:
         if importlib.util.find_spec(package) is None:
             raise MmoptError(
                 f"{package} is not installed, and suites run with it. "
-                "Run `pip install pytest pytest-benchmark`."
+                "Run `pip install 'mmopt[bench]'`."
             )
 
 
@@ -114,8 +116,10 @@ def run_pytest(
     else:
         found = f"the process ended with status {status}"
         if status < 0:
-            found = f"the process was killed by {signal.Signals(-status).name}"
-    again = [word for word in command if not word.startswith(("--benchmark-json", FIGURES_OPTION))]
+            found = f"the process was killed by signal {-status} ({signal.strsignal(-status)})"
+    # Without the file that is gone by then.
+    again = [word for word in command if not word.startswith("--benchmark-json")]
+    again = [re.sub(f"^{FIGURES_OPTION}=.*", f"{FIGURES_OPTION}=figures.json", w) for w in again]
     raise MmoptError(
         f"{named}: {found}, expected every test to pass; nothing was kept:\n"
         f"{_indented(telling_lines(lines))}\nTo see all of it: {shlex.join(again)}"
@@ -143,7 +147,9 @@ def _indented(lines: Sequence[str]) -> str:
 def _watch(command: Sequence[str], what: str, progress: Progress) -> tuple[int, list[str]]:
     """The exit status of a pytest process and the lines of its output."""
     lines = []
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    # Of a pytest above this one (a suite run in a test): pytest-benchmark would time nothing.
+    environment = {name: value for name, value in os.environ.items() if name not in _OF_XDIST}
+    environment["PYTHONUNBUFFERED"] = "1"
     with progress(what, 100) as advance:
         process = subprocess.Popen(
             command,

@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test test-slow check fix bench gpu clean help
+.PHONY: demo test test-slow check fix bench bench-gate bench-exact bench-exact-update gpu clean help
 
 demo: $(READY)  ## the main job on real weights and real text, on the CPU: about 6 minutes
 	$(BIN)/python demo/run.py
@@ -26,13 +26,21 @@ fix: $(READY)  ## apply what ruff can fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(READY)  ## time the ops beside their peers at CPU sizes
+bench: $(READY)  ## one quick pass over the suites in bench/, kept in build/bench.json: 2 minutes
 	mkdir -p build
-	$(BIN)/python -m pytest bench -o python_files='bench_*.py' -o python_functions='bench_*' \
-		--benchmark-only --benchmark-json=build/bench.json
+	$(BIN)/mmopt bench run bench -o build/bench.json -- -m quick --benchmark-max-time=0.3
 
-gpu: $(READY)  ## the tests that need a GPU
-	$(BIN)/python -m pytest -m gpu
+bench-gate: $(READY)  ## did HEAD become slower or larger than its parent?
+	$(BIN)/mmopt bench gate --base HEAD~1 bench
+
+bench-exact: $(READY)  ## hold bytes, graph breaks and the like against the committed figures
+	$(BIN)/mmopt bench exact bench --baseline bench/baselines/exact.json
+
+bench-exact-update: $(READY)  ## commit to the figures as they are now
+	$(BIN)/mmopt bench exact bench --baseline bench/baselines/exact.json --update
+
+gpu: $(READY)  ## the tests that need a GPU, then the GPU suites, kept in bench/results/
+	$(BIN)/python bench/gpu.py
 
 clean:  ## remove what the targets above made
 	rm -rf .venv build

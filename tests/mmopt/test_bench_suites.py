@@ -1,5 +1,6 @@
 """pytest-benchmark suites: exact figures, `mmopt bench run SUITE`, `mmopt bench exact`."""
 
+import io
 import json
 import os
 import subprocess
@@ -7,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import typer
+from rich.console import Console
 from typer.testing import CliRunner
 
 from mmopt.cli.bench import bench_app
@@ -24,7 +27,7 @@ from mmopt.measure.suites.exact import exact_gate, update_baseline
 from mmopt.measure.suites.figures import Figure, compare_figures, read_figures, write_figures
 from mmopt.measure.suites.plugin import Figures
 from mmopt.measure.suites.process import measure_figures, run_pytest, telling_lines
-from mmopt.measure.suites.run import SHORTEST_ROUND_SECONDS, run_suites
+from mmopt.measure.suites.run import SHORTEST_ROUND_SECONDS, SuiteReport, run_suites
 from mmopt_kernels.errors import InputError, MmoptError
 
 app = typer.Typer()
@@ -52,15 +55,20 @@ def test_plain():
 """
 
 
-@pytest.fixture
-def suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A suite called `bench` in the current folder, which is a project of its own."""
-    (tmp_path / "pyproject.toml").write_text("[tool.pytest.ini_options]\n")
-    folder = tmp_path / "bench"
+def make_suite(root: Path) -> Path:
+    """A suite called `bench` in `root`, which is a project of its own."""
+    (root / "pyproject.toml").write_text("[tool.pytest.ini_options]\n")
+    folder = root / "bench"
     folder.mkdir()
     (folder / "bench_it.py").write_text(SUITE)
-    monkeypatch.chdir(tmp_path)
     return folder
+
+
+@pytest.fixture
+def suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The suite's folder; its project is the current folder."""
+    monkeypatch.chdir(tmp_path)
+    return make_suite(tmp_path)
 
 
 def bench(*arguments: str) -> Any:
@@ -188,6 +196,12 @@ def test_a_skipped_test_records_nothing(suite: Path) -> None:
     )
     assert pytest_here("bench", "--mmopt-figures=figures.json").returncode == 0
     assert read_figures(Path("figures.json")) == {"bench/bench_it.py::exact_run::n": Figure(2)}
+
+
+def test_without_tests_that_record_there_is_a_file_without_figures(suite: Path) -> None:
+    ran = pytest_here("bench", "--mmopt-figures=figures.json", "-k", "sum")
+    assert ran.returncode == pytest.ExitCode.NO_TESTS_COLLECTED
+    assert read_figures(Path("figures.json")) == {}
 
 
 def test_a_place_that_cannot_be_written_is_refused_before_any_test_runs(suite: Path) -> None:
@@ -431,10 +445,29 @@ def test_suites_are_told_from_checkpoints_and_artifacts(tmp_path: Path) -> None:
 SHORT = ("--", "--benchmark-max-time=0.01")
 
 
-def test_a_suite_is_stored_with_samples_fingerprint_conditions_and_figures(suite: Path) -> None:
-    ran = bench("run", "bench", "-o", "result.json", *SHORT)
-    assert ran.exit_code == 0, ran.output
-    document = json.loads(Path("result.json").read_text())
+@dataclass(frozen=True)
+class Ran:
+    """One call of `mmopt bench run bench -o result.json`."""
+
+    output: str
+    result: Path
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
+    """The suite, run and stored once."""
+    root = tmp_path_factory.mktemp("ran")
+    make_suite(root)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.chdir(root)
+        called = bench("run", "bench", "-o", "result.json", *SHORT)
+        assert called.exit_code == 0, called.output
+        assert not Path(".benchmarks").exists()
+    return Ran(called.output, root / "result.json")
+
+
+def test_a_suite_is_stored_with_samples_fingerprint_conditions_and_figures(ran: Ran) -> None:
+    document = json.loads(ran.result.read_text())
     timed = {entry["fullname"]: entry for entry in document["benchmarks"]}
     assert list(timed) == [
         "bench/bench_it.py::bench_sum[10]",
@@ -458,21 +491,22 @@ def test_a_suite_is_stored_with_samples_fingerprint_conditions_and_figures(suite
     for shown in ("bench_sum[10]", "sums", "median", "95% CI", "rounds", "100 bytes"):
         assert shown in ran.output
 
-    stored = read_result(Path("result.json"))
+    stored = read_result(ran.result)
     assert [series.name for series in stored.series] == list(timed)
     assert stored.fingerprint == ours["fingerprint"]
     assert len(stored.figures) == 4
 
 
-def test_pytest_benchmark_compares_stored_suites(suite: Path) -> None:
+def test_pytest_benchmark_compares_stored_suites(ran: Ran, tmp_path: Path) -> None:
     for name in ("a.json", "b.json"):
-        assert bench("run", "bench", "-o", name, *SHORT).exit_code == 0
+        (tmp_path / name).write_bytes(ran.result.read_bytes())
     command = [str(Path(sys.executable).with_name("pytest-benchmark")), "compare"]
     compared = subprocess.run(
-        [*command, "a.json", "b.json", "--csv=c.csv"], capture_output=True, text=True, check=False
-    )
+        [*command, "a.json", "b.json", "--csv=c.csv"],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
     assert compared.returncode == 0, compared.stderr
-    lines = Path("c.csv").read_text().splitlines()
+    lines = (tmp_path / "c.csv").read_text().splitlines()
     assert len(lines) == 1 + 2 * 3
     assert sum("bench_sum[1000]" in line for line in lines) == 2
 
@@ -486,22 +520,17 @@ def test_json_prints_one_document_that_equals_the_file(suite: Path) -> None:
     assert document["mmopt"]["figures"] == {}  # -k picks among them as well
 
 
-def test_a_p95_is_shown_from_enough_rounds_of_single_calls_only(suite: Path) -> None:
-    (suite / "bench_it.py").write_text(
-        "import time\n"
-        "def bench_enough(benchmark):\n"
-        "    benchmark.pedantic(time.sleep, args=(2e-4,), rounds=130)\n"
-        "def bench_averaged(benchmark):\n"
-        "    benchmark.pedantic(len, args=('',), rounds=130, iterations=2)\n"
-        "def bench_few(benchmark):\n"
-        "    benchmark.pedantic(time.sleep, args=(2e-4,), rounds=129)\n"
-    )
-    tests = {test.name.rpartition("::")[2]: test for test in run_suites(["bench"]).tests}
-    p95 = tests["bench_enough"].p95
-    assert p95 is not None
-    assert tests["bench_enough"].median <= p95
-    assert tests["bench_averaged"].p95 is None
-    assert tests["bench_few"].p95 is None
+def test_a_p95_is_shown_from_enough_rounds_of_single_calls_only(ran: Ran) -> None:
+    document = json.loads(ran.result.read_text())
+    for entry, rounds, calls in zip(
+        document["benchmarks"], (130, 130, 129), (1, 2, 1), strict=True
+    ):
+        entry["stats"] |= {"data": [1e-3 * i for i in range(1, rounds + 1)], "iterations": calls}
+    report = SuiteReport(document)
+    assert [test.p95 for test in report.tests] == [pytest.approx(0.12355), None, None]
+    console = Console(width=100, file=io.StringIO())
+    console.print(report.render())
+    assert "124 ms" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_pytest_benchmarks_own_storage_carries_the_fingerprint_too(suite: Path) -> None:
@@ -571,6 +600,8 @@ def files_here() -> set[Path]:
             "def bench_killed(benchmark):\n    import os; os.kill(os.getpid(), 9)",
             "killed by signal 9",
         ),
+        ("def bench_leaves(benchmark):\n    import os; os._exit(0)", "ended before its last test"),
+        ("def exact_leaves(figures):\n    import os; os._exit(0)", "ended before its last test"),
         ("def exact_bad(figures): assert 1 == 2", "exact_bad - assert 1 == 2"),
         ("def bench_no_fixture(benchmark, nothing): pass", "fixture 'nothing' not found"),
     ],
@@ -583,7 +614,7 @@ def test_a_suite_that_fails_or_crashes_exits_3_and_keeps_nothing(
     failed = bench("run", "bench", "-o", "result.json", *SHORT)
     assert failed.exit_code == 3, failed.output
     assert said in failed.stderr
-    assert "-m pytest" in failed.stderr  # how to see the rest
+    assert "_exit(0)" in text or "-m pytest" in failed.stderr  # how to see the rest
     assert len(failed.stderr.splitlines()) < 20
     assert Path("result.json").read_text() == "of an earlier run"
 

@@ -113,7 +113,8 @@ class _Writer:
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
-        if exitstatus != pytest.ExitCode.OK or session.config.option.collectonly:
+        ended_well = exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED)
+        if not ended_well or session.config.option.collectonly:
             return
         try:
             write_figures(self._path, self._figures)
@@ -156,7 +157,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=None,
         help="Run only the tests that record exact figures, each once and untimed, and write the "
         "figures to FILE as JSON. A file that is there is removed first, and FILE appears only "
-        "when every test passed.",
+        "when every test passed (without such tests it holds no figures).",
     )
 
 

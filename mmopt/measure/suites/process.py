@@ -48,13 +48,15 @@ def measure_figures(
         selecting = ["-k", keyword, *selecting]
     with tempfile.TemporaryDirectory(prefix="mmopt-figures-") as folder:
         written = Path(folder) / "figures.json"
-        run_pytest(
+        lines = run_pytest(
             [f"{FIGURES_OPTION}={written}", *selecting],
             suites=suites,
             what=f"count the exact figures of {' '.join(suites)}",
             progress=progress,
         )
-        return read_figures(written) if written.is_file() else {}
+        if not written.is_file():  # a test ended the process, and claimed success
+            raise MmoptError(f"{' '.join(suites)}: {_ended_early(lines)}")
+        return read_figures(written)
 
 
 def require_suites(suites: Sequence[str]) -> None:
@@ -80,13 +82,16 @@ def require_suites(suites: Sequence[str]) -> None:
 
 def run_pytest(
     arguments: Sequence[str], *, suites: Sequence[str], what: str, progress: Progress
-) -> None:
-    """Run pytest on suites in a fresh process; returns when every test passed or none was found.
+) -> list[str]:
+    """Run pytest on suites in a fresh process.
 
     Args:
         arguments: of pytest, the suites among them.
         suites: what the messages name.
         what: what the progress bar says.
+
+    Returns:
+        The lines of its output, when every test passed or none was selected.
 
     Raises:
         InputError: pytest refuses the arguments.
@@ -100,9 +105,13 @@ def run_pytest(
     if importlib.util.find_spec("xdist"):
         command.append("-n0")  # pytest-benchmark times nothing in several processes
     command += arguments
+    storage = Path(".benchmarks")
+    had_storage = storage.exists()
     status, lines = _watch(command, what, progress)
+    if not had_storage and storage.is_dir() and not any(storage.iterdir()):
+        storage.rmdir()  # pytest-benchmark makes it whether or not it stores anything
     if status in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
-        return
+        return lines
     named = " ".join(suites)
     if status == pytest.ExitCode.USAGE_ERROR:
         refused = [line for line in lines if re.search(r"^ERROR: (?!usage)|: error: ", line)]
@@ -123,6 +132,19 @@ def run_pytest(
     raise MmoptError(
         f"{named}: {found}, expected every test to pass; nothing was kept:\n"
         f"{_indented(telling_lines(lines))}\nTo see all of it: {shlex.join(again)}"
+    )
+
+
+def require_finished(lines: Sequence[str], named: str) -> None:
+    """Raise MmoptError unless pytest's output ends with its summary: `1 passed in 0.02s`."""
+    if not any(re.search(r" in \d+\.\d+s\b", line) for line in lines[-3:]):
+        raise MmoptError(f"{named}: {_ended_early(lines)}")
+
+
+def _ended_early(lines: Sequence[str]) -> str:
+    return (
+        "the process ended before its last test had, expected it to go on; nothing was kept:\n"
+        f"{_indented(telling_lines(lines))}"
     )
 
 

@@ -22,7 +22,12 @@ from mmopt.measure.statistics import (
 )
 from mmopt.measure.suites.figures import Figure, parse_figures
 from mmopt.measure.suites.files import write_json
-from mmopt.measure.suites.process import measure_figures, require_suites, run_pytest
+from mmopt.measure.suites.process import (
+    measure_figures,
+    require_finished,
+    require_suites,
+    run_pytest,
+)
 from mmopt_export.progress import Progress, silent
 from mmopt_kernels.errors import InputError, MmoptError
 
@@ -188,7 +193,7 @@ def run_suites(
         selecting = ["-k", keyword, *selecting]
     with tempfile.TemporaryDirectory(prefix="mmopt-bench-") as folder:
         timed = Path(folder) / "timed.json"
-        run_pytest(
+        lines = run_pytest(
             [
                 "--benchmark-only",
                 f"--benchmark-min-time={SHORTEST_ROUND_SECONDS}",
@@ -200,6 +205,7 @@ def run_suites(
             progress=progress,
         )
         if not timed.is_file():
+            require_finished(lines, " ".join(suites))
             raise InputError(
                 f"{' '.join(suites)}: no benchmark was collected"
                 f"{f' with -k {keyword!r}' if keyword else ''}, expected functions bench_* or "

@@ -1,0 +1,168 @@
+"""bench/ keeps its pattern: what is collected, what is recorded, what `make` runs."""
+
+import ast
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from mmopt.measure.suites.collection import PYTEST_OPTIONS
+from mmopt.measure.suites.figures import read_figures
+from mmopt.measure.suites.run import run_suites
+
+ROOT = Path(__file__).resolve().parent.parent
+BENCH = ROOT / "bench"
+FILES = sorted(BENCH.glob("bench_*.py"))
+
+
+def collected(*options: str) -> list[str]:
+    """Node ids that pytest collects of bench/."""
+    command = [sys.executable, "-m", "pytest", *PYTEST_OPTIONS, "--collect-only", "-q", "-n0"]
+    ran = subprocess.run(
+        [*command, "-p", "no:cacheprovider", *options, "bench"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    return [line for line in ran.stdout.splitlines() if "::" in line]
+
+
+@pytest.fixture(scope="module")
+def ids() -> list[str]:
+    """Everything that pytest collects on this machine."""
+    return collected()
+
+
+def functions(path: Path) -> dict[str, ast.FunctionDef]:
+    """The functions at the top of a file, by name."""
+    body = ast.parse(path.read_text(encoding="utf-8")).body
+    return {node.name: node for node in body if isinstance(node, ast.FunctionDef)}
+
+
+def module(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"loaded_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_every_file_is_collected_and_has_timed_benchmarks(path: Path, ids: list[str]) -> None:
+    timed = [one for one in ids if one.startswith(f"bench/{path.name}::bench_")]
+    if path.name == "bench_gpu.py" and not torch.cuda.is_available():
+        assert timed == []  # left out, not skipped: nothing is reported as if it could run here
+    else:
+        assert timed
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_timed_and_exact_functions_take_their_fixture_and_name_their_group(path: Path) -> None:
+    found = functions(path)
+    timed = {name: node for name, node in found.items() if name.startswith("bench_")}
+    assert timed
+    for name, node in timed.items():
+        assert "benchmark" in {argument.arg for argument in node.args.args}, name
+        assert "benchmark.group =" in ast.unparse(node), f"{name} has no benchmark.group"
+    for name, node in found.items():
+        if name.startswith("exact_"):
+            assert "figures" in {argument.arg for argument in node.args.args}, name
+
+
+def test_the_quick_pass_is_everything_but_slow_and_gpu(ids: list[str]) -> None:
+    quick = collected("-m", "quick")
+    left_out = set(ids) - set(quick)
+    assert quick
+    assert {one.partition("[")[0] for one in left_out if "bench_gpu" not in one} == {
+        "bench/bench_export.py::bench_export"
+    }
+
+
+def test_the_baseline_records_the_figures_of_every_exact_test_and_of_no_other(
+    ids: list[str],
+) -> None:
+    recorded = {name.rpartition("::")[0] for name in read_figures(BENCH / "baselines/exact.json")}
+    assert recorded == {one for one in ids if "::exact_" in one}
+
+
+def test_the_baseline_was_recorded_with_the_pinned_versions() -> None:
+    pinned = dict(
+        line.split("==")
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if "==" in line and not line.startswith("#")
+    )
+    versions = json.loads((BENCH / "baselines/exact.json").read_text())["versions"]
+    for library in ("torch", "transformers", "peft", "onnx", "onnxruntime", "onnxscript", "numpy"):
+        assert versions[library] == pinned[library], library
+
+
+def test_graphs_stay_whole_and_lengths_do_not_recompile() -> None:
+    """What the baseline may never be updated to."""
+    figures = read_figures(BENCH / "baselines/exact.json")
+    promised = [
+        figure.value for name, figure in figures.items() if re.search("breaks|recompiles", name)
+    ]
+    assert promised == [0, 0, 0, 0]
+
+
+def test_make_runs_the_suites_and_ci_the_exact_figures() -> None:
+    made = (ROOT / "Makefile").read_text()
+    for command in (
+        "mmopt bench run bench -o build/bench.json -- -m quick",
+        "mmopt bench gate --base HEAD~1 bench",
+        "mmopt bench exact bench --baseline bench/baselines/exact.json\n",
+        "python bench/gpu.py",
+    ):
+        assert command in made
+    assert "make bench-exact\n" in (ROOT / ".ci/run").read_text()
+
+
+# --- the GPU suite, as far as a machine without a GPU can tell ------------------------------------
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_make_gpu_exits_3_and_writes_nothing() -> None:
+    before = sorted((BENCH / "results").iterdir())
+    ran = subprocess.run(
+        [sys.executable, "bench/gpu.py"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 3
+    assert "Traceback" not in ran.stderr
+    assert "GPU" in ran.stderr
+    assert sorted((BENCH / "results").iterdir()) == before
+
+
+def test_a_gpu_result_is_named_for_its_gpu_and_day() -> None:
+    name = module(BENCH / "gpu.py").result_name(["NVIDIA H100 80GB HBM3"])
+    assert re.fullmatch(r"nvidia-h100-80gb-hbm3-\d{4}-\d\d-\d\d\.json", name)
+
+
+def test_samples_of_our_timers_reach_pytest_benchmark_unchanged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The GPU suite hands its samples over through a clock; here with samples made up."""
+    (tmp_path / "bench_replayed.py").write_text(
+        "import importlib.util\n"
+        f"spec = importlib.util.spec_from_file_location('gpu', {str(BENCH / 'bench_gpu.py')!r})\n"
+        "gpu = importlib.util.module_from_spec(spec)\n"
+        "spec.loader.exec_module(gpu)\n"
+        "import pytest\n"
+        "pytestmark = pytest.mark.benchmark(timer=gpu.CLOCK)\n"
+        "from mmopt.measure.timing import Timing\n"
+        "def bench_single(benchmark):\n"
+        "    gpu.CLOCK.replay(benchmark, Timing([3.0, 1.0, 2.0], 1, 9.0, True))\n"
+        "def bench_averaged(benchmark):\n"
+        "    gpu.CLOCK.replay(benchmark, Timing([0.5, 0.25], 4, 9.0, True))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    single, averaged = run_suites(["bench_replayed.py"]).tests
+    assert single.samples == (3.0, 1.0, 2.0)
+    assert single.calls == 1
+    assert averaged.samples == (0.5, 0.25)
+    assert averaged.calls == 4

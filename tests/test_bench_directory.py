@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
@@ -109,6 +110,27 @@ def test_graphs_stay_whole_and_lengths_do_not_recompile() -> None:
         figure.value for name, figure in figures.items() if re.search("breaks|recompiles", name)
     ]
     assert promised == [0, 0, 0, 0]
+
+
+def test_kept_artifacts_belong_to_one_state_of_the_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "environ", dict(os.environ))  # conftest.py sets some
+    conftest = module(BENCH / "conftest.py")
+    monkeypatch.setattr(conftest, "ROOT", tmp_path)
+    for package in ("kernels", "export", "bench"):
+        (tmp_path / package).mkdir()
+    keys = [conftest.source_key()]
+    (tmp_path / "export" / "graph.py").write_text("a = 1\n")
+    keys.append(conftest.source_key())
+    (tmp_path / "export" / "graph.py").write_text("a = 2\n")
+    keys.append(conftest.source_key())
+    (tmp_path / "export" / "graph.py").rename(tmp_path / "export" / "trace.py")
+    keys.append(conftest.source_key())
+    assert len(set(keys)) == 4
+    assert conftest.source_key() == keys[-1]
+    monkeypatch.setattr(conftest, "library_versions", lambda: {"onnx": "99.0"})
+    assert conftest.source_key() not in keys
 
 
 def test_make_runs_the_suites_and_ci_the_exact_figures() -> None:

@@ -31,7 +31,14 @@ FIGURES_OPTION = "--mmopt-figures"
 """`--mmopt-figures=FILE` of the plugin: run the tests with figures only, once, and write them."""
 
 # What a folder with a model in it has at its top; a suite has none of them.
-_MODEL_FILES = ("mmopt.json", "config.json", "adapter_config.json", "*.safetensors", "*.bin", "*.onnx")
+_MODEL_FILES = (
+    "mmopt.json",
+    "config.json",
+    "adapter_config.json",
+    "*.safetensors",
+    "*.bin",
+    "*.onnx",
+)
 
 
 def is_suite(source: str) -> bool:

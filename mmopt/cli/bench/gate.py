@@ -14,20 +14,20 @@ from mmopt_kernels.errors import InputError
 def gate(
     suite: Annotated[
         Path | None,
-        typer.Argument(help="Folder or file of the suite. [default: the configuration's, bench]"),
+        typer.Argument(help="Folder or file of the suite. \\[default: the configuration's, bench]"),
     ] = None,
     base: Annotated[
         str | None, typer.Option(metavar="REF", help="The revision to compare with.")
     ] = None,
     head: Annotated[
-        str | None, typer.Option(metavar="REF", help="The revision in question. [default: HEAD]")
+        str | None, typer.Option(metavar="REF", help="The revision in question. \\[default: HEAD]")
     ] = None,
     margin: Annotated[
         str | None,
-        typer.Option(metavar="SHARE", help="The slowdown that must not pass. [default: 3%]"),
+        typer.Option(metavar="SHARE", help="The slowdown that must not pass. \\[default: 3%]"),
     ] = None,
     budget: Annotated[
-        float | None, typer.Option(metavar="SECONDS", help="Time to measure. [default: 480]")
+        float | None, typer.Option(metavar="SECONDS", help="Time to measure. \\[default: 480]")
     ] = None,
     config: Annotated[
         Path | None,

@@ -49,7 +49,9 @@ class Checkout:
         """The process environment in which this checkout's code is the one imported."""
         before = os.environ.get("PYTHONPATH")
         path = [*map(str, self.sources), *([before] if before else [])]
-        return {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
+        # Within pytest-xdist's workers pytest-benchmark would turn itself off.
+        outer = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST_")}
+        return {**outer, "PYTHONPATH": os.pathsep.join(path)}
 
 
 def repository_root(folder: Path) -> Path:

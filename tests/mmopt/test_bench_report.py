@@ -28,6 +28,7 @@ from bench_results import (
     suite,
 )
 from mmopt.cli.bench import bench_app
+from mmopt.cli.output import stdout
 from mmopt.measure.report.build import report
 from mmopt.measure.report.charts import Share, history, shares
 from mmopt.measure.report.markdown import MOST_BYTES, markdown_report
@@ -50,7 +51,12 @@ HOSTILE = [
 
 
 def _run(*arguments: object) -> tuple[int, str]:
-    ran = CliRunner().invoke(app, ["bench", "report", *map(str, arguments)], env={"COLUMNS": "140"})
+    # Not COLUMNS: rich reads it once, when the console is made.
+    before, stdout.width = stdout.width, 140
+    try:
+        ran = CliRunner().invoke(app, ["bench", "report", *map(str, arguments)])
+    finally:
+        stdout.width = before
     return ran.exit_code, ran.stdout
 
 

@@ -1,9 +1,7 @@
 """What `mmopt bench` measured: plain data, its JSON and its table."""
 
 import dataclasses
-import json
 import os
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,10 +21,11 @@ from mmopt.measure.statistics import (
     percentile,
     samples_for_percentile,
 )
+from mmopt.measure.suites.files import write_json
 from mmopt.measure.throttling import Conditions
 from mmopt.measure.timers import TIMER_MEANING
 from mmopt_kernels import __version__
-from mmopt_kernels.errors import InputError, MmoptError
+from mmopt_kernels.errors import InputError
 
 SCHEMA_VERSION = 1
 
@@ -285,23 +284,7 @@ def write_report(report: BenchReport, path: Path) -> None:
     Raises:
         MmoptError: the file system refused (disk full, read-only); exit 3.
     """
-    text = json.dumps(report.to_dict(), indent=2, allow_nan=False) + "\n"
-    staged: Path | None = None
-    try:
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
-        ) as file:
-            staged = Path(file.name)
-            file.write(text)
-        # NamedTemporaryFile is private to the user; a result is read by others too.
-        staged.chmod(0o644)
-        staged.replace(path)
-        staged = None
-    except OSError as error:
-        raise MmoptError(f"could not write {path}: {error.strerror or error}.") from error
-    finally:
-        if staged is not None:
-            staged.unlink(missing_ok=True)
+    write_json(path, report.to_dict())
 
 
 def source_labels(measurements: Sequence[Measurement]) -> dict[str, str]:

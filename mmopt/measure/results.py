@@ -18,8 +18,8 @@ from mmopt.measure.statistics import (
     Interval,
     bootstrap_median,
     median,
-    percentile,
     samples_for_percentile,
+    supported_percentile,
 )
 from mmopt.measure.suites.files import write_json
 from mmopt.measure.throttling import Conditions
@@ -82,17 +82,12 @@ class Measurement:
     @cached_property
     def p95(self) -> float | None:
         """95th percentile in seconds; None unless single calls were timed, and enough of them."""
-        return self._percentile(95)
+        return supported_percentile(self.samples, 95, calls=self.calls)
 
     @cached_property
     def p99(self) -> float | None:
         """99th percentile in seconds, as `p95`; it takes 662 samples."""
-        return self._percentile(99)
-
-    def _percentile(self, percent: float) -> float | None:
-        if self.calls > 1 or len(self.samples) < samples_for_percentile(percent):
-            return None
-        return percentile(self.samples, percent)
+        return supported_percentile(self.samples, 99, calls=self.calls)
 
     @property
     def throughput(self) -> float:

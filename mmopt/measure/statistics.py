@@ -119,6 +119,22 @@ def bootstrap_ratio(
     return _percentile_interval(above / below, confidence)
 
 
+def supported_percentile(samples: Sequence[float], percent: float, *, calls: int) -> float | None:
+    """The percentile where it means something: of single calls, and with enough of them.
+
+    Args:
+        samples: seconds per call, in any order.
+        percent: above 50.
+        calls: calls averaged in one sample; the mean of several hides the slow ones.
+
+    Returns:
+        The percentile in the unit of the samples; None where it would mean nothing.
+    """
+    if calls > 1 or len(samples) < samples_for_percentile(percent):
+        return None
+    return percentile(samples, percent)
+
+
 def samples_for_percentile(percent: float, *, confidence: float = 0.99) -> int:
     """The fewest samples from which a percentile above 50 means something.
 

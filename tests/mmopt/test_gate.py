@@ -339,6 +339,7 @@ def test_the_suite_is_named_from_the_working_directory(
         (["--base", "HEAD", "--margin", "3"], "no share"),
         (["--base", "HEAD", "--config", "nowhere.toml"], "there is no such file"),
         (["--self-test", "--base", "HEAD"], "a suite of its own"),
+        (["--self-test", "--margin", "5%"], "with the gate's defaults"),
         (["--self-test", "--trials", "1"], "expected 2 or more"),
     ],
 )

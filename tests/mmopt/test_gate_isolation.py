@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from gate_repository import EXACT, SHORT, SUITE, Repository, verdicts
-from mmopt.measure.gate._worker import usable_options
+from mmopt.measure.gate import _worker
+from mmopt.measure.gate._worker import foreign_modules, usable_options
 from mmopt.measure.gate.config import GateConfig
 from mmopt.measure.gate.decision import Verdict
 from mmopt_kernels.errors import MmoptError
@@ -230,3 +231,15 @@ def test_nothing_is_left_of_the_checkouts(repository: Repository) -> None:
     assert len(repository.git("worktree", "list").splitlines()) == 1
     assert repository.git("stash", "list") == ""
     assert repository.git("status", "--porcelain", "--branch") == before
+
+
+def test_the_worker_itself_is_not_taken_for_code_of_the_users_tree(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """mmopt's own gate: the worker lies in the tree, and multiprocessing gives it another name."""
+    monkeypatch.chdir(tmp_path)
+    file = Path(_worker.__file__)
+    for name in ("__main__", "__mp_main__"):
+        monkeypatch.setitem(sys.modules, name, _worker)
+    found = {name.split()[0] for name in foreign_modules([], file.parent)}
+    assert found == {"mmopt"}  # its other modules are in that folder, and are told

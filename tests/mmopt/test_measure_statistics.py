@@ -26,6 +26,7 @@ from mmopt.measure.statistics import (
     paired_log_ratio,
     percentile,
     samples_for_percentile,
+    supported_percentile,
     trimmed_mean_test,
 )
 from mmopt_kernels.errors import InputError
@@ -524,3 +525,10 @@ def test_holm_keeps_false_findings_below_alpha() -> None:
 def test_holm_refuses_what_is_no_p_value(bad: float) -> None:
     with pytest.raises(InputError, match="is no p value"):
         holm([0.5, bad])
+
+
+def test_a_percentile_needs_single_calls_and_enough_of_them() -> None:
+    samples = [float(i) for i in range(130)]
+    assert supported_percentile(samples, 95, calls=1) == percentile(samples, 95)
+    assert supported_percentile(samples[1:], 95, calls=1) is None
+    assert supported_percentile(samples, 95, calls=2) is None

@@ -73,10 +73,10 @@ def gate(
     signal.signal(signal.SIGTERM, _terminate)
     report: Report
     if self_test:
-        if base or head or suite or exact:
+        if any((suite, base, head, margin, budget, config, exact)):
             raise InputError(
-                "bench gate: --self-test compares a suite of its own. Leave --base, --head, "
-                "--exact and SUITE away."
+                "bench gate: --self-test compares a suite of its own, with the gate's defaults. "
+                "Leave SUITE, --base, --head, --margin, --budget, --config and --exact away."
             )
         report = run_self_test(trials=trials, peer_every=peer_every, progress=progress_bar)
     else:

@@ -89,11 +89,7 @@ class Side:
 
 def foreign_modules(roots: list[Path], repository: Path) -> list[str]:
     """Packages that the checkout has too but that come from elsewhere, or from the user's tree."""
-    origins = {
-        name: getattr(module, "__file__", None)
-        for name, module in sys.modules.items()
-        if name != "__main__"
-    }
+    origins = {name: getattr(module, "__file__", None) for name, module in sys.modules.items()}
     own = set()
     for root in roots:
         for entry in root.iterdir():
@@ -107,6 +103,8 @@ def foreign_modules(roots: list[Path], repository: Path) -> list[str]:
     foreign: dict[str, str] = {}
     for name, origin in sorted(origins.items()):
         if not origin or (path := Path(origin).resolve()).is_relative_to(Path.cwd()):
+            continue
+        if path == Path(__file__).resolve():  # under the names __main__ and __mp_main__
             continue
         # The user's tree may hold the environment.
         in_tree = path.is_relative_to(repository) and "site-packages" not in path.parts

@@ -30,7 +30,7 @@ SLICE_SECONDS = 0.005
 SLICES = 8, 20
 """Fewest and most slices of each side of a benchmark in a pair, for calls shorter than a slice.
 More of them narrow a pair's median, but what two processes differ by stays, so that the time is
-better spent on further pairs (docs/lab-notes.md, "Slices in a pair")..."""
+better spent on further pairs (docs/lab-notes.md, "More slices in a pair")..."""
 
 PAIR_SECONDS = 0.6
 """...unless a pair has few benchmarks left: then slices fill about the time that starting a pair

@@ -24,6 +24,7 @@ from mmopt.measure.gate.revisions import (
 )
 from mmopt.measure.gate.store import stored_self_test
 from mmopt.measure.suites.figures import Figure, compare_figures, read_figures
+from mmopt.measure.suites.process import require_pytest
 from mmopt.measure.throttling import watch_conditions
 from mmopt_export.progress import Progress, silent
 from mmopt_kernels.errors import InputError, MmoptError
@@ -60,9 +61,11 @@ def gate(
     Raises:
         InputError: no repository, no such revision, changes that HEAD does not hold, no benchmark
             in a revision, or fewer cores than threads.
-        MmoptError: a build failed, or a suite could not be collected, crashed or hung (exit 3).
+        MmoptError: pytest is missing, a build failed, or a suite could not be collected, crashed or
+            hung (exit 3).
     """
     began = time.monotonic()
+    require_pytest()
     root = repository_root(folder)
     revisions = resolve(root, base, "--base"), resolve(root, head or "HEAD", "--head")
     if head is None:

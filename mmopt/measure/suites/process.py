@@ -72,11 +72,20 @@ def require_suites(suites: Sequence[str]) -> None:
         path = Path(suite.split("::")[0])
         if not path.exists():
             raise InputError(f"{path} does not exist, expected a benchmark suite. Check the path.")
+    require_pytest()
+
+
+def require_pytest() -> None:
+    """Refuse to go on without what suites run with.
+
+    Raises:
+        MmoptError: pytest or pytest-benchmark is missing (exit 3).
+    """
     for package in ("pytest", "pytest_benchmark"):
         if importlib.util.find_spec(package) is None:
             raise MmoptError(
                 f"{package} is not installed, and suites run with it. "
-                "Run `pip install 'mmopt[bench]'`."
+                "Run `pip install pytest pytest-benchmark`."
             )
 
 

@@ -17,8 +17,8 @@ from mmopt.measure.statistics import (
     Interval,
     bootstrap_median,
     median,
-    percentile,
     samples_for_percentile,
+    supported_percentile,
 )
 from mmopt.measure.suites.figures import Figure, parse_figures
 from mmopt.measure.suites.files import write_json
@@ -68,9 +68,7 @@ class TimedTest:
     @cached_property
     def p95(self) -> float | None:
         """95th percentile in seconds; None unless single calls were timed, and enough of them."""
-        if self.calls > 1 or len(self.samples) < samples_for_percentile(95):
-            return None
-        return percentile(self.samples, 95)
+        return supported_percentile(self.samples, 95, calls=self.calls)
 
 
 @dataclass(frozen=True)

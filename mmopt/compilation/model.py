@@ -69,6 +69,10 @@ class CompiledModel:
         self._failures: list[GuardFail] = []
         self._calling = False
         self._graphs = 0
+        # A model's floats (scales, epsilons) are constants. Left to guess whether they change,
+        # Dynamo under dynamic=True lowers the graph, learns that they cannot be inputs, and traces
+        # and lowers all of it once more.
+        self._floats_are_constants = torch._dynamo.config.patch(specialize_float=True)
         self._run = torch._dynamo.optimize(
             self._lower, dynamic=dynamic, guard_fail_fn=self._note_failure
         )(module)
@@ -89,7 +93,10 @@ class CompiledModel:
         self._failures.clear()
         self._calling = True
         try:
-            with torch.no_grad() if self._mode == "infer" else nullcontext():
+            with (
+                self._floats_are_constants,
+                torch.no_grad() if self._mode == "infer" else nullcontext(),
+            ):
                 output = self._run(*args, **kwargs)
         finally:
             self._calling = False

@@ -95,6 +95,22 @@ def test_one_graph_trains_at_every_length_and_matches_eager(factory):
     assert len(compiled.recompiles) == 1
 
 
+@pytest.mark.parametrize("mode", ["infer", "train"])
+def test_the_graph_is_lowered_once_and_the_second_time_taken_from_the_cache(mode, tmp_path):
+    torch._dynamo.reset()
+    lowered = torch._dynamo.utils.counters["aot_autograd"]
+    with torch._inductor.utils.fresh_cache(dir=str(tmp_path)):
+        for outcome in ("miss", "hit"):
+            model = with_adapter(bert())
+            batch = batch_of(model, 12)
+            mmopt.optimize(model, training=mode == "train")
+            lowered.clear()
+            torch._dynamo.reset()
+            mmopt.compile(model, batch, mode=mode)
+            assert lowered["total"] == 1
+            assert lowered[f"autograd_cache_{outcome}"] == 1
+
+
 def test_compiled_mask_with_a_gap_is_refused():
     """As in eager mode; a C++ assertion in the graph would end the process."""
     model = bert()

@@ -67,10 +67,11 @@ def lora_linear(
 def _plain(
     x: Tensor, weight: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, scale: float
 ) -> Tensor:
+    # Everything has autocast's dtype by now, or float64, which it leaves alone. To switch it off as
+    # well would keep the graph out of AOTAutograd's cache.
     linear = torch.nn.functional.linear
-    with torch.autocast(x.device.type, enabled=False):
-        s = linear(x, a.to(x.dtype))
-        return linear(x, weight, bias) + linear(s, b.to(x.dtype)) * scale
+    s = linear(x, a.to(x.dtype))
+    return linear(x, weight, bias) + linear(s, b.to(x.dtype)) * scale
 
 
 def _check(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, impl: str) -> None:

@@ -85,7 +85,7 @@ def require_pytest() -> None:
         if importlib.util.find_spec(package) is None:
             raise MmoptError(
                 f"{package} is not installed, and suites run with it. "
-                "Run `pip install pytest pytest-benchmark`."
+                "Run `pip install 'mmopt[bench]'`."
             )
 
 

@@ -96,8 +96,10 @@ class Worker:
         figures_file: Path | None = None,
         threads: int = 1,
         seed: int = 0,
+        home: Sequence[int] | None = None,
     ) -> None:
         self.checkout = checkout
+        self.home = home
         read, self._orders = os.pipe()
         self._answers, write = os.pipe()
         self._unread = b""
@@ -128,6 +130,8 @@ class Worker:
             )
         os.close(read)
         os.close(write)
+        if home is not None:
+            self.pin(home)  # before anything counts the cores to choose a number of threads
         self.send(**task)
 
     def __enter__(self) -> "Worker":
@@ -285,7 +289,8 @@ def time_pair(
         ids: benchmarks that both revisions have, in the order to run.
         with_plugins: whether a benchmark also records exact figures; their plugin takes longer to
             import than a light suite.
-        cores: what both sides are pinned to.
+        cores: where both sides run their slices. Each sets up on as many of its own, where there
+            are so many: what a benchmark compiles first often takes longer than its slices.
         number: of the pair; even pairs start base first, odd ones head.
         seed: of the order of slices, and the workers' hash seed.
         on_result: hears of each benchmark; answers whether to go on with the pair.
@@ -296,8 +301,9 @@ def time_pair(
     draw = random.Random(seed)
     sides = [base, head]
     workers: list[Worker] = []
+    homes = [cores, _as_many_others(cores)]
     with contextlib.ExitStack() as stack:
-        for checkout in sides if number % 2 == 0 else sides[::-1]:
+        for checkout, home in zip(sides if number % 2 == 0 else sides[::-1], homes, strict=True):
             worker = Worker(
                 checkout,
                 "time",
@@ -306,6 +312,7 @@ def time_pair(
                 with_plugins=with_plugins,
                 threads=len(cores),
                 seed=seed,
+                home=home,
             )
             workers.append(stack.enter_context(worker))
         if number % 2:
@@ -313,19 +320,24 @@ def time_pair(
         for worker in workers:
             worker.expect("ready")
         for worker in workers:
-            worker.pin(cores)
             worker.send(go=True)
         fill = round(PAIR_SECONDS / (2 * SLICE_SECONDS * len(ids)))
         slices = max(SLICES[0], min(SLICES[1], fill))
         for name in ids:
-            if not on_result(name, _contest(workers, name, slices, draw)):
+            if not on_result(name, _contest(workers, cores, name, slices, draw)):
                 return
 
 
+def _as_many_others(cores: Sequence[int]) -> Sequence[int]:
+    """As many usable cores besides these, or these if there are too few."""
+    others = sorted(os.sched_getaffinity(0).difference(cores))
+    return others[-len(cores) :] if len(others) >= len(cores) else cores
+
+
 def _contest(
-    workers: Sequence[Worker], name: str, slices: int, draw: random.Random
+    workers: Sequence[Worker], cores: Sequence[int], name: str, slices: int, draw: random.Random
 ) -> PairResult | list[Stopped]:
-    """Bring both workers to one benchmark, time it, and see both to its end."""
+    """Bring both workers to one benchmark, time it on the same cores, and see both to its end."""
     stopped = []
     waiting = []
     for worker in workers:
@@ -336,11 +348,15 @@ def _contest(
             stopped.append(_stopped(worker, name, answer))
     result = None
     if not stopped:
+        for worker in workers:
+            worker.pin(cores)
         try:
             result = _time(workers, slices, draw)
         except _StoppedWhileTimed as stop:
             waiting.remove(stop.worker)
             stopped.append(_stopped(stop.worker, name, stop.answer))
+    for worker in workers:
+        worker.pin(worker.home or cores)
     for worker in waiting:
         worker.send(calls=0)
         end = _stopped(worker, name, worker.receive())

@@ -36,8 +36,11 @@ class Link:
         self._answers = os.fdopen(write, "w", encoding="utf-8")
 
     def send(self, **answer: Any) -> None:
-        self._answers.write(json.dumps(answer) + "\n")
-        self._answers.flush()
+        try:
+            self._answers.write(json.dumps(answer) + "\n")
+            self._answers.flush()
+        except BrokenPipeError:
+            os._exit(0)  # the gate is gone
 
     def receive(self) -> dict[str, Any]:
         line = self._orders.readline()

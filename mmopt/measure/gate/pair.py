@@ -27,14 +27,14 @@ from mmopt_kernels.errors import MmoptError
 SLICE_SECONDS = 0.005
 """A slice: long beside the switch between two processes, short beside the machine's moods."""
 
-SLICES = 8, 20
+SLICES = 8, 40
 """Fewest and most slices of each side of a benchmark in a pair, for calls shorter than a slice.
-More of them narrow a pair's median, but what two processes differ by stays, so that the time is
-better spent on further pairs (docs/lab-notes.md, "More slices in a pair")..."""
+Between them they fill as much time as the pair needs besides, to start and to set up: more in a
+pair that starts fast would be better spent on further pairs, fewer in one that compiles first would
+throw away what it cost (docs/lab-notes.md, "Slices for what a pair costs")."""
 
-PAIR_SECONDS = 0.6
-"""...unless a pair has few benchmarks left: then slices fill about the time that starting a pair
-takes."""
+START_SECONDS = 0.6
+"""What a pair needs besides its slices, until one was seen."""
 
 FEWEST_SLICES = 3
 """Slices of each side where single calls take longer than a slice."""
@@ -277,8 +277,9 @@ def time_pair(
     cores: Sequence[int],
     number: int,
     seed: int,
+    besides: float = START_SECONDS,
     on_result: Callable[[str, PairResult | list[Stopped]], bool],
-) -> None:
+) -> float:
     """Start a fresh pair and time each benchmark once.
 
     Both sides get the same orders, as many of each: a side that ran more calls than the other
@@ -293,11 +294,16 @@ def time_pair(
             are so many: what a benchmark compiles first often takes longer than its slices.
         number: of the pair; even pairs start base first, odd ones head.
         seed: of the order of slices, and the workers' hash seed.
+        besides: seconds that the pair is expected to need besides its slices.
         on_result: hears of each benchmark; answers whether to go on with the pair.
+
+    Returns:
+        The seconds that it needed besides its slices, or a little more where calls are long.
 
     Raises:
         MmoptError: a side crashed, hung, or could not be collected.
     """
+    began = time.monotonic()
     draw = random.Random(seed)
     sides = [base, head]
     workers: list[Worker] = []
@@ -321,11 +327,12 @@ def time_pair(
             worker.expect("ready")
         for worker in workers:
             worker.send(go=True)
-        fill = round(PAIR_SECONDS / (2 * SLICE_SECONDS * len(ids)))
-        slices = max(SLICES[0], min(SLICES[1], fill))
+        of_all = 2 * SLICE_SECONDS * len(ids)  # one slice of each side of each benchmark
+        slices = max(SLICES[0], min(SLICES[1], round(besides / of_all)))
         for name in ids:
             if not on_result(name, _contest(workers, cores, name, slices, draw)):
-                return
+                break
+    return max(0.0, time.monotonic() - began - slices * of_all)
 
 
 def _as_many_others(cores: Sequence[int]) -> Sequence[int]:

@@ -11,7 +11,14 @@ from pathlib import Path
 from mmopt.measure.fingerprint import fingerprint
 from mmopt.measure.gate.config import GateConfig
 from mmopt.measure.gate.decision import LOOKS, Contest, Verdict, judge
-from mmopt.measure.gate.pair import PairResult, Stopped, Worker, layout_not_random, time_pair
+from mmopt.measure.gate.pair import (
+    START_SECONDS,
+    PairResult,
+    Stopped,
+    Worker,
+    layout_not_random,
+    time_pair,
+)
 from mmopt.measure.gate.report import GateReport
 from mmopt.measure.gate.revisions import (
     Checkout,
@@ -227,7 +234,7 @@ def _run_pairs(
     skipped: list[str] = []
     by_name = {contest.name: contest for contest in contests}
     deadline = time.monotonic() + config.budget
-    longest = 0.0
+    longest, besides = 0.0, START_SECONDS
 
     def on_result(name: str, result: PairResult | list[Stopped]) -> bool:
         contest = by_name[name]
@@ -255,7 +262,7 @@ def _run_pairs(
                     f"{len(undecided)} benchmarks are undecided."
                 )
                 break
-            time_pair(
+            besides = time_pair(
                 *sides,
                 config.suite,
                 undecided,
@@ -263,6 +270,7 @@ def _run_pairs(
                 cores=cores,
                 number=number,
                 seed=seed + number,
+                besides=besides,
                 on_result=on_result,
             )
             longest = max(longest, time.monotonic() - began)

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -11,6 +12,7 @@ from rich.text import Text
 from mmopt.measure.gate.decision import Contest, Verdict, of_suite
 from mmopt.measure.gate.revisions import Revision
 from mmopt.measure.statistics import median
+from mmopt.measure.suites.collection import short_names
 from mmopt.measure.suites.figures import FigureVerdict
 from mmopt_kernels._version import __version__
 
@@ -94,14 +96,7 @@ class GateReport:
         """A table of benchmarks, one of the figures that changed, and the verdict."""
         parts: list[RenderableType] = []
         if self.contests:
-            table = Table(title=f"{self.base.ref} -> {self.head.ref}", title_justify="left")
-            table.add_column("benchmark", overflow="fold")
-            for column in ("slower by", "95% CI", "margin", "pairs"):
-                table.add_column(column, justify="right", no_wrap=True)
-            table.add_column("verdict", no_wrap=True)
-            for contest in self.contests:
-                table.add_row(*_row(contest))
-            parts.append(table)
+            parts.append(self._contests_table())
         changed = [figure for figure in self.figures if figure.verdict != Verdict.PASSED]
         if self.figures:
             parts.append(_figures_table(changed, len(self.figures)))
@@ -114,6 +109,22 @@ class GateReport:
         verdict = self.verdict
         parts.append(Text(f"{verdict} in {self.seconds:.0f} s", style=_STYLES[verdict]))
         return Group(*parts)
+
+    def _contests_table(self) -> Table:
+        """A row per benchmark; the long names last, and its margin only where it has its own."""
+        title = f"{self.base.ref} -> {self.head.ref}, margin {self.margin:.1%}"
+        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        table.add_column("verdict", no_wrap=True)
+        for column in ("slower by", "95% CI", "pairs"):
+            table.add_column(column, justify="right", no_wrap=True)
+        table.add_column("benchmark", overflow="fold")
+        names = short_names([contest.name for contest in self.contests])
+        for contest in self.contests:
+            name = names[contest.name]
+            if contest.margin != self.margin:
+                name += f" (margin {contest.margin:.1%})"
+            table.add_row(*_row(contest, name))
+        return table
 
 
 def self_test_line(self_test: Mapping[str, Any] | None) -> str:
@@ -150,33 +161,34 @@ def _contest_dict(contest: Contest) -> dict[str, Any]:
     }
 
 
-def _row(contest: Contest) -> list[Text]:
+def _row(contest: Contest, name: str) -> list[Text]:
     interval = contest.interval
     verdict = contest.verdict or Verdict.INCONCLUSIVE
     return [
-        # Node ids hold brackets, which rich would read as markup.
-        Text(contest.name),
+        Text(verdict, style=_STYLES[verdict]),
         Text("-" if contest.slowdown is None else f"{contest.slowdown:+.1%}"),
         Text("-" if interval is None else f"{interval.low:+.1%} to {interval.high:+.1%}"),
-        Text(f"{contest.margin:.1%}"),
         Text(str(len(contest.log_ratios))),
-        Text(verdict, style=_STYLES[verdict]),
+        # Node ids hold brackets, which rich would read as markup.
+        Text(name),
     ]
 
 
 def _figures_table(changed: list[FigureVerdict], count: int) -> RenderableType:
     if not changed:
         return Text(f"{count} exact figures, none changed for the worse or better.")
-    table = Table(title=f"exact figures that changed, of {count}", title_justify="left")
-    table.add_column("figure", overflow="fold")
+    title = f"exact figures that changed, of {count}"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("verdict", no_wrap=True)
     for column in ("base", "head"):
         table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("verdict", no_wrap=True)
+    table.add_column("figure", overflow="fold")
+    names = short_names([figure.name for figure in changed])
     for figure in changed:
         values = [
             Text("-" if value is None else f"{value:,} {figure.unit}".strip())
             for value in (figure.base, figure.head)
         ]
         verdict = Verdict(figure.verdict)
-        table.add_row(Text(figure.name), *values, Text(verdict, style=_STYLES[verdict]))
+        table.add_row(Text(verdict, style=_STYLES[verdict]), *values, Text(names[figure.name]))
     return table

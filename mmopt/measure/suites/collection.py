@@ -1,5 +1,6 @@
 """Which files and functions of a suite pytest collects: one answer for every caller."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 PLUGIN = "mmopt.measure.suites.plugin"
@@ -53,3 +54,9 @@ def is_suite(source: str) -> bool:
     if not path.is_dir() or any(next(path.glob(name), None) for name in _MODEL_FILES):
         return False
     return next(path.rglob("*.py"), None) is not None
+
+
+def short_names(names: Sequence[str]) -> dict[str, str]:
+    """Node ids without their files, where that tells them apart."""
+    short = {name: name.partition("::")[2] or name for name in names}
+    return short if len(set(short.values())) == len(set(names)) else {name: name for name in names}

@@ -20,6 +20,7 @@ from mmopt.measure.statistics import (
     samples_for_percentile,
     supported_percentile,
 )
+from mmopt.measure.suites.collection import short_names
 from mmopt.measure.suites.figures import Figure, parse_figures
 from mmopt.measure.suites.files import write_json
 from mmopt.measure.suites.process import (
@@ -120,7 +121,7 @@ class SuiteReport:
         table.add_column("benchmark", overflow="fold")
         for heading in ("median", "95% CI", *(["p95"] if with_p95 else []), "rounds"):
             table.add_column(heading, justify="right", no_wrap=True)
-        names = _short_names([test.name for test in self.tests])
+        names = short_names([test.name for test in self.tests])
         for group, tests in groups.items():
             table.add_section()
             if group:
@@ -157,7 +158,7 @@ def figures_table(figures: Mapping[str, Figure]) -> Table:
     table = Table()
     table.add_column("exact figure", overflow="fold")
     table.add_column("value", justify="right", no_wrap=True)
-    for name, short in _short_names(list(figures)).items():
+    for name, short in short_names(list(figures)).items():
         figure = figures[name]
         table.add_row(Text(short), Text(f"{figure.value:,} {figure.unit}".rstrip()))
     return table
@@ -241,9 +242,3 @@ def _check(document: Any, suites: Sequence[str]) -> None:
             f"{' '.join(suites)}: pytest-benchmark wrote no samples, expected some for every "
             "benchmark. Install pytest-benchmark 5 or newer, and leave out options that disable it."
         )
-
-
-def _short_names(names: Sequence[str]) -> dict[str, str]:
-    """Node ids without their files, where that tells them apart."""
-    short = {name: name.partition("::")[2] or name for name in names}
-    return short if len(set(short.values())) == len(set(names)) else {name: name for name in names}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+import itertools
+from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmopt_kernels import Intervals, KernelInputError, attention
+from mmopt_kernels.attention import cpu
 from mmopt_kernels.attention.ops import _resolve
 from mmopt_kernels.attention.reference import reference
 
@@ -21,6 +24,9 @@ IMPLS = ["triton", "reference"] if DEVICE == "cuda" else ["triton", "cpu", "refe
 # Rounding of the output (and of the probabilities, in the 16-bit paths) on values near 1; sums
 # over the rows make the gradients larger by the same relative error.
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+# Negative and wider than 32 bits, so that both words of the key count.
+SEED = -(3 << 40) - 12345
 
 
 @dataclass(frozen=True)
@@ -33,10 +39,26 @@ class Case:
     D: int = 16
     mask: str = "full"
     causal: bool = False
+    softcap: float | None = None
+    sinks: torch.dtype | None = None
+    dropout_p: float = 0.0
 
     def __str__(self) -> str:
-        causal = "-causal" if self.causal else ""
-        return f"B{self.B}-H{self.Hq}:{self.Hkv}-S{self.S}-T{self.T}-D{self.D}-{self.mask}{causal}"
+        name = f"B{self.B}-H{self.Hq}:{self.Hkv}-S{self.S}-T{self.T}-D{self.D}-{self.mask}"
+        name += "-causal" * self.causal
+        name += "" if self.softcap is None else f"-cap{self.softcap:g}"
+        name += "" if self.sinks is None else "-sinks"
+        return name + (f"-drop{self.dropout_p:g}" if self.dropout_p else "")
+
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of the call but for the sinks, which have a gradient."""
+        return {
+            "intervals": on_device(self.intervals()),
+            "causal": self.causal,
+            "softcap": self.softcap,
+            "dropout_p": self.dropout_p,
+            "seed": SEED,
+        }
 
     def intervals(self) -> Intervals | None:
         lengths = torch.arange(self.B) * 3 + self.T // 2
@@ -89,12 +111,36 @@ def on_device(intervals: Intervals | None) -> Intervals | None:
     return Intervals(intervals.lo.to(DEVICE), intervals.hi.to(DEVICE))
 
 
-def oracle(case: Case, q: Tensor, k: Tensor, v: Tensor, grad: Tensor, grad_lse: Tensor | None):
+def sinks_of(case: Case) -> list[Tensor]:
+    """One leaf, or none: values about as large as the scores, so that they matter."""
+    if case.sinks is None:
+        return []
+    g = torch.Generator().manual_seed(2)
+    values = torch.randn(case.Hq, generator=g, dtype=torch.float64) + 2.0
+    return [values.to(DEVICE, case.sinks).requires_grad_()]
+
+
+def oracle(
+    case: Case,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grad: Tensor,
+    grad_lse: Tensor | None,
+    sinks: Tensor | None = None,
+):
     """Output, lse and gradients in float64, by PyTorch's own differentiation."""
     wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
     bounds = on_device(case.intervals())
     lo, hi = (None, None) if bounds is None else (bounds.lo, bounds.hi)
-    out, lse = reference(*wide, lo, hi, case.causal, case.D**-0.5)
+    wide_sinks = None
+    if sinks is not None:
+        wide_sinks = sinks.detach().double().requires_grad_()
+        wide.append(wide_sinks)
+    seed = torch.tensor([SEED], device=DEVICE) if case.dropout_p else None
+    out, lse = reference(
+        *wide[:3], lo, hi, wide_sinks, seed, case.causal, case.D**-0.5, case.softcap, case.dropout_p
+    )
     loss = (out * grad.double()).sum()
     if grad_lse is not None:
         loss = loss + (lse.masked_fill(lse.isinf(), 0.0) * grad_lse.double()).sum()
@@ -171,6 +217,209 @@ def test_float64_gradients_pass_gradcheck(impl: str) -> None:
     assert torch.autograd.gradcheck(call, (q, k, v))
 
 
+# Softcap, sinks and dropout each alone, in every pair and all together, over the masks and over
+# awkward sizes; test_every_two_features_meet checks the pairs.
+FEATURES = [
+    Case(softcap=2.0),
+    Case(sinks=torch.float32, causal=True),
+    Case(Hq=4, Hkv=2, dropout_p=0.3, causal=True),
+    Case(Hq=4, Hkv=2, S=13, T=37, D=40, mask="random", softcap=2.0, sinks=torch.float32),
+    Case(Hq=4, Hkv=1, S=37, T=13, D=24, mask="right", causal=True, softcap=3.0, dropout_p=0.5),
+    Case(Hq=2, Hkv=1, S=33, T=33, D=16, mask="random", sinks=torch.float32, dropout_p=0.1),
+    Case(Hq=6, Hkv=2, S=17, T=35, D=8, mask="left", softcap=2.0, sinks=torch.bfloat16,
+         dropout_p=0.25, causal=True),
+    Case(S=1, T=41, D=40, mask="left", sinks=torch.float32, softcap=4.0, dropout_p=0.2),
+    Case(S=40, T=1, D=16, sinks=torch.float32, dropout_p=0.2),
+    Case(B=1, S=37, T=37, D=24, mask="packed", sinks=torch.float32),
+]  # fmt: skip
+
+
+def test_every_two_features_meet() -> None:
+    """Each pair of on and off, over the cases above: softcap, sinks, dropout, causal, GQA, mask."""
+    rows = [
+        (bool(c.softcap), bool(c.sinks), c.dropout_p > 0, c.causal, c.Hq > c.Hkv, c.mask != "full")
+        for c in FEATURES
+    ]
+    for one, other in itertools.combinations(range(6), 2):
+        assert len({(row[one], row[other]) for row in rows}) == 4, (one, other)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("case", FEATURES, ids=str)
+def test_features_match_the_float64_oracle(case: Case, dtype: torch.dtype, impl: str) -> None:
+    """out, lse, dq, dk, dv, dsinks, with and without a gradient through lse."""
+    if case.sinks == torch.bfloat16 and dtype == torch.float32:
+        case = replace(case, sinks=torch.float32)
+    leaves = [*inputs(case, dtype), *sinks_of(case)]
+    grad, grad_lse = torch.randn_like(leaves[0]), torch.randn_like(leaves[0][..., 0]).float()
+    sinks = leaves[3] if len(leaves) > 3 else None
+    out, lse = attention(*leaves[:3], sinks=sinks, return_lse=True, impl=impl, **case.options())
+    for through_lse in (False, True):
+        want, want_lse, want_grads = oracle(
+            case, *leaves[:3], grad, grad_lse if through_lse else None, sinks
+        )
+        seen = want_lse.isfinite()
+        loss = (out * grad).sum()
+        if through_lse:
+            loss = loss + (lse.masked_fill(~seen, 0.0) * grad_lse).sum()
+        grads = torch.autograd.grad(loss, leaves, retain_graph=True)
+        for got, expected, leaf in zip(grads, want_grads, leaves, strict=True):
+            assert got.dtype == leaf.dtype
+            assert_near(got, expected, dtype)
+    assert_near(out, want, dtype)
+    assert torch.equal(lse == float("-inf"), ~seen)
+    assert (lse[seen] - want_lse[seen]).abs().max().item() < (1e-5 if impl != "cpu" else 3e-4)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="the blocks are those of the CPU implementation")
+@pytest.mark.parametrize("case", [*CASES[1:], *FEATURES], ids=str)
+def test_cpu_blocks_of_a_few_rows_change_nothing(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many blocks, the last one short, against one block."""
+    case = replace(case, sinks=case.sinks and torch.float32)
+    leaves = [*inputs(case, torch.float32), *sinks_of(case)]
+    sinks = leaves[3] if len(leaves) > 3 else None
+    grad = torch.randn_like(leaves[0])
+
+    def call() -> list[Tensor]:
+        out, lse = attention(
+            *leaves[:3], sinks=sinks, return_lse=True, impl="cpu", **case.options()
+        )
+        return [out, lse, *torch.autograd.grad((out * grad).sum(), leaves)]
+
+    want = call()
+    for name in ("MASK_ELEMENTS", "SCORE_ELEMENTS"):
+        monkeypatch.setattr(cpu, name, 1)
+    for name in ("MASK_ROWS", "SCORE_ROWS"):
+        monkeypatch.setattr(cpu, name, 7)
+    for got, expected in zip(call(), want, strict=True):
+        torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_row_without_keys_takes_its_sink(impl: str) -> None:
+    """lse is the sink, whose gradient is that of lse; a sink of -inf is none."""
+    q, k, v = inputs(Case(S=3, T=5), torch.float32)
+    nothing = torch.zeros(1, 3, dtype=torch.int32, device=DEVICE)
+    sinks = torch.tensor([0.5, float("-inf")], device=DEVICE, requires_grad=True)
+    out, lse = attention(
+        q, k, v, intervals=Intervals(nothing, nothing), sinks=sinks, return_lse=True, impl=impl
+    )
+    assert not out.any()
+    assert (lse[:, 0] == 0.5).all()
+    assert (lse[:, 1] == float("-inf")).all()
+    grads = torch.autograd.grad(lse[:, 0].sum() + out.sum(), (q, k, v, sinks))
+    assert not any(g.any() for g in grads[:3])
+    assert grads[3].tolist() == [2 * 3, 0]
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_sinks_of_minus_infinity_change_nothing(impl: str) -> None:
+    q, k, v = inputs(Case(mask="random"), torch.float32)
+    bounds = on_device(Case(mask="random").intervals())
+    sinks = torch.full((2,), float("-inf"), device=DEVICE, requires_grad=True)
+    out = attention(q, k, v, intervals=bounds, sinks=sinks, impl=impl)
+    want = attention(q, k, v, intervals=bounds, impl=impl)
+    torch.testing.assert_close(out, want, atol=1e-6, rtol=0)
+    grads = torch.autograd.grad(out.square().sum(), (q, k, v, sinks))
+    for got, expected in zip(
+        grads, torch.autograd.grad(want.square().sum(), (q, k, v)), strict=False
+    ):
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+    assert not grads[3].any()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_dropout_is_its_seeds(impl: str) -> None:
+    """The same seed, as an int or a tensor, gives the same output; another one another."""
+    q, k, v = inputs(Case(), torch.float32, requires_grad=False)
+    first = attention(q, k, v, dropout_p=0.5, seed=7, impl=impl)
+    again = attention(q, k, v, dropout_p=0.5, seed=torch.tensor([7], device=DEVICE), impl=impl)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, attention(q, k, v, dropout_p=0.5, seed=8, impl=impl))
+    plain = attention(q, k, v, impl=impl)
+    assert torch.equal(plain, attention(q, k, v, seed=7, impl=impl))
+    # The generator of torch draws the seed that is not given.
+    drawn = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        drawn.append(attention(q, k, v, dropout_p=0.5, impl=impl))
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_dropout_keeps_the_expectation(impl: str) -> None:
+    """Equal scores and values of one make a row its kept count over (1 - p) T, a binomial."""
+    p, T = 0.3, 64
+    zero = torch.zeros(2, 4, 60, 16, device=DEVICE)
+    keys = torch.zeros(2, 4, T, 16, device=DEVICE)
+    out = attention(zero, keys, keys + 1, dropout_p=p, seed=3, impl=impl)[..., 0]
+    kept = out * (1 - p) * T
+    torch.testing.assert_close(kept, kept.round(), atol=1e-3, rtol=0)
+    # Standard deviations of the mean and of one row; five and six of them, of a fixed draw.
+    assert abs(out.mean().item() - 1) < 5 * (p / (1 - p) / (T * out.numel())) ** 0.5
+    assert (out - 1).abs().max().item() < 6 * (p / (1 - p) / T) ** 0.5
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_deterministic_gradients_are_bitwise_equal(impl: str) -> None:
+    case = FEATURES[6]
+    leaves = [*inputs(case, torch.bfloat16), *sinks_of(case)]
+
+    def grads() -> tuple[Tensor, ...]:
+        out = attention(
+            *leaves[:3], sinks=leaves[3], deterministic=True, impl=impl, **case.options()
+        )
+        return torch.autograd.grad(out.float().square().sum(), leaves)
+
+    for got, expected in zip(grads(), grads(), strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_float64_gradients_of_every_feature_pass_gradcheck() -> None:
+    """Softcap, sinks and dropout of both implementations, by finite differences."""
+    case = Case(B=1, Hq=2, Hkv=1, S=4, T=5, D=3, mask="random", softcap=2.0,
+                sinks=torch.float64, dropout_p=0.3)  # fmt: skip
+    leaves = [*inputs(case, torch.float64), *sinks_of(case)]
+    for impl in ("auto", "reference"):
+
+        def call(*x: Tensor, impl: str = impl) -> tuple[Tensor, ...]:
+            return attention(*x[:3], sinks=x[3], return_lse=True, impl=impl, **case.options())
+
+        assert torch.autograd.gradcheck(call, leaves)
+
+    seed = torch.tensor([SEED], device=DEVICE)
+
+    def plainly(*x: Tensor) -> tuple[Tensor, ...]:
+        bounds = on_device(case.intervals())
+        return reference(*x[:3], bounds.lo, bounds.hi, x[3], seed, False, 0.5, 2.0, 0.3)
+
+    assert torch.autograd.gradcheck(plainly, leaves)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="counts what torch's CPU allocator hands out")
+@pytest.mark.parametrize("options", [{}, {"softcap": 5.0, "dropout_p": 0.1, "seed": 1}], ids=str)
+def test_cpu_memory_is_linear_in_the_length(options: dict[str, Any]) -> None:
+    """Twice the length costs twice the peak, where a mask S x T would cost four times as much."""
+    from mmopt.measure.memory import peak_tensor_bytes
+
+    def peak(S: int) -> int:
+        q, k, v = inputs(Case(B=1, S=S, T=S, D=8), torch.float32)
+        start = torch.arange(S, dtype=torch.int32)[None] // 100 * 100
+        bounds = Intervals(start, start + 100)
+
+        def call() -> None:
+            out = attention(q, k, v, intervals=bounds, impl="cpu", **options)
+            torch.autograd.grad(out.sum(), (q, k, v))
+
+        return peak_tensor_bytes(call)
+
+    assert peak(4096) < 2.2 * peak(2048)
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("mask", ["full", "random"])
 def test_nan_around_the_inputs_neither_leaks_in_nor_is_touched(impl: str, mask: str) -> None:
@@ -235,15 +484,21 @@ def test_agrees_with_sdpa() -> None:
     torch.testing.assert_close(attention(q, k, v, causal=True, scale=0.3), want)
 
 
+@pytest.mark.parametrize("options", [False, True], ids=["plain", "all-options"])
 @pytest.mark.parametrize("impl", IMPLS)
-def test_opcheck(impl: str) -> None:
+def test_opcheck(impl: str, options: bool) -> None:
     """Schema, fake, autograd and AOT tracing agree for both ops."""
-    case = Case(S=9, T=11, D=8, mask="random", causal=True)
+    case = Case(S=9, T=11, D=8, mask="random", causal=True, sinks=torch.float32)
     bounds = on_device(case.intervals())
-    args = (bounds.lo, bounds.hi, True, 0.3, impl)
+    plain = (bounds.lo, bounds.hi, None, None, True, 0.3, None, 0.0, impl)
+    seed = torch.tensor([SEED], device=DEVICE)
+    (sinks,) = sinks_of(case)
+    full = (bounds.lo, bounds.hi, sinks, seed, True, 0.3, 5.0, 0.25, impl)
+    args = full if options else plain
     q, k, v = inputs(case, torch.float32)
     torch.library.opcheck(torch.ops.mmopt.attention.default, (q, k, v, *args))
     q, k, v = (x.detach() for x in (q, k, v))
+    args = tuple(x.detach() if isinstance(x, Tensor) else x for x in args)
     out, lse = torch.ops.mmopt.attention(q, k, v, *args)
     for grad_lse in (None, torch.randn_like(lse)):
         torch.library.opcheck(
@@ -276,12 +531,53 @@ def test_one_compiled_graph_serves_varying_lengths(impl: str) -> None:
             torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
 
 
-def test_checkpointing_gives_the_same_gradients() -> None:
+@pytest.mark.parametrize("drawn", [False, True], ids=["seed", "drawn-seed"])
+@pytest.mark.parametrize("impl", ["auto", "triton"])
+def test_one_compiled_graph_serves_varying_lengths_with_every_option(
+    impl: str, drawn: bool
+) -> None:
+    """Dropout and sinks on; a seed that is a tensor changes without recompilation as well."""
+
+    def step(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, seed: Tensor | None) -> Tensor:
+        return attention(
+            q, k, v, causal=True, softcap=3.0, sinks=sinks, dropout_p=0.25, seed=seed, impl=impl
+        )
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True)
+    for n, S in enumerate((9, 14, 21)):
+        case = Case(S=S, T=S + 3, sinks=torch.float32)
+        leaves = [*inputs(case, torch.float32), *sinks_of(case)]
+        seed = None if drawn else torch.tensor([n], device=DEVICE)
+        strict = torch._dynamo.config.patch(error_on_recompile=True)
+        with strict if n else contextlib.nullcontext():
+            out = compiled(*leaves, seed)
+            grads = torch.autograd.grad(out.square().sum(), leaves)
+        assert all(g.isfinite().all() for g in grads)
+        if drawn:
+            assert not torch.equal(out, compiled(*leaves, seed))
+            continue
+        want = step(*leaves, seed)
+        torch.testing.assert_close(out, want)
+        wanted = torch.autograd.grad(want.square().sum(), leaves)
+        for got, expected in zip(grads, wanted, strict=True):
+            torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+@pytest.mark.parametrize("impl", ["auto", "triton"])
+def test_checkpointing_gives_the_same_gradients(impl: str, dropout_p: float) -> None:
+    """With dropout too: the seed that the generator drew is drawn again."""
     case = Case(mask="left")
     q, k, v = inputs(case, torch.float32)
     bounds = on_device(case.intervals())
-    want = torch.autograd.grad(attention(q, k, v, intervals=bounds).sum(), (q, k, v))
-    out = checkpoint(lambda *x: attention(*x, intervals=bounds), q, k, v, use_reentrant=False)
+
+    def call(*x: Tensor) -> Tensor:
+        return attention(*x, intervals=bounds, dropout_p=dropout_p, impl=impl)
+
+    torch.manual_seed(5)
+    want = torch.autograd.grad(call(q, k, v).sum(), (q, k, v))
+    torch.manual_seed(5)
+    out = checkpoint(call, q, k, v, use_reentrant=False)
     for got, expected in zip(torch.autograd.grad(out.sum(), (q, k, v)), want, strict=True):
         assert torch.equal(got, expected)
 
@@ -297,6 +593,12 @@ def test_autocast_computes_in_its_dtype_and_returns_gradients_in_the_inputs(impl
     narrow = [x.detach().bfloat16().requires_grad_() for x in (q, k, v)]
     plain = attention(*narrow, causal=True, impl=impl)
     assert torch.equal(out, plain)
+    # Sinks in any dtype are taken in float32, and their gradient comes back in it.
+    sinks = torch.ones(2, dtype=torch.float16, device=DEVICE, requires_grad=True)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        out = attention(q, k, v, causal=True, sinks=sinks, impl=impl)
+    assert torch.equal(out, attention(*narrow, causal=True, sinks=sinks.float(), impl=impl))
+    assert torch.autograd.grad(out.sum(), sinks)[0].dtype == torch.float16
 
 
 def test_second_derivative_is_refused() -> None:
@@ -377,10 +679,45 @@ def test_other_unusable_arguments_are_named() -> None:
         Intervals.key_padding(torch.tensor([3, 4]), 4)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"softcap": 0.0}, "softcap is 0.0, expected a finite number above 0"),
+        ({"softcap": float("inf")}, "softcap is inf, expected a finite number above 0"),
+        ({"sinks": torch.zeros(3)}, r"sinks have shape \(3,\), expected \[2\] because q"),
+        ({"sinks": torch.zeros(2, 1)}, r"sinks have shape \(2, 1\), expected \[2\]"),
+        (
+            {"sinks": torch.zeros(2).half()},
+            "sinks are torch.float16 on cpu, expected torch.float32",
+        ),
+        ({"dropout_p": 1.0}, r"dropout_p is 1.0, expected a probability in \[0, 1\)"),
+        ({"dropout_p": -0.1}, "dropout_p is -0.1, expected a probability"),
+        ({"dropout_p": float("nan")}, "dropout_p is nan, expected a probability"),
+        ({"dropout_p": 0.1, "deterministic": True}, "seed is None, expected an int or a tensor"),
+        ({"dropout_p": 0.1, "seed": 2**63}, f"seed is {2**63}, expected 64 bits"),
+        (
+            {"dropout_p": 0.1, "seed": torch.zeros(2, dtype=torch.int64)},
+            r"seed is torch.int64 \(2,\) on cpu, expected torch.int64 of one element",
+        ),
+        (
+            {"dropout_p": 0.1, "seed": torch.zeros(1)},
+            "seed is torch.float32 .* expected torch.int64",
+        ),
+    ],
+)
+def test_unusable_option_is_named(options: dict[str, Any], message: str) -> None:
+    q = torch.zeros(2, 2, 5, 8)
+    with pytest.raises(KernelInputError, match=message):
+        attention(q, q, q, **options)
+
+
 def test_explicit_impl_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
     wide = torch.zeros(1, 1, 2, 8, dtype=torch.float64, device=DEVICE)
     with pytest.raises(KernelInputError, match=r"impl is 'triton' and q is torch.float64"):
         attention(wide, wide, wide, impl="triton")
+    broad = torch.zeros(1, 1, 2, 264, device=DEVICE)
+    with pytest.raises(KernelInputError, match=r"head dimension 264, expected .* 256"):
+        attention(broad, broad, broad, impl="triton")
     meta = torch.zeros(1, 1, 2, 8, device="meta")
     with pytest.raises(KernelInputError, match="impl is 'cpu' and q is on meta"):
         _resolve("cpu", meta, meta)

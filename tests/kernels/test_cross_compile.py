@@ -18,7 +18,9 @@ import json, sys
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from mmopt_kernels.attention.kernel import attention_forward, block_d, config as attention_config
+from mmopt_kernels.attention import kernel_backward as backward
+from mmopt_kernels.attention.kernel import attention_forward, config as attention_config
+from mmopt_kernels.attention.tiles import block_d
 from mmopt_kernels.lora_linear.kernel import config as lora_config, lora_linear_forward
 
 target = GPUTarget(*json.loads(sys.argv[1]))
@@ -40,19 +42,47 @@ def build(kernel, dtype, pointers, constants, tile):
             signature[name] = "fp32"
         else:
             signature[name] = "i32"
-            if name not in ("S", "T", "M", "H"):
+            if name not in ("S", "T", "M", "H", "threshold"):
                 attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=attributes)
     return compile(source, target=target, options=options).metadata.shared
 
 
 flags = dict(WIDEN=False, PRECISION="ieee")
+hip = target.backend == "hip"
+visible = dict(D=D, BLOCK_D=block_d(D), INTERVALS=True, CAUSAL=True, stride_lom=1, stride_him=1)
+pointers = dict(
+    p_lo="i32", p_hi="i32", p_tiles="i32", p_runs="i32", p_seed="i64", p_lse="fp32",
+    p_lse2="fp32", p_dlse="fp32", p_delta="fp32", p_sinks="fp32",
+)
+over_keys = backward.config_dkdv(torch.bfloat16, block_d(D), hip)
+over_queries = backward.config_dq(torch.bfloat16, block_d(D), hip)
+blocks = {k: over_keys[k] for k in ("BLOCK_M", "BLOCK_N")}
+few = dict(num_warps=4, num_stages=1)
+
+
+def attention(kernel, tile, **constants):
+    return build(kernel, "bf16", pointers, visible | constants, dict(tile))
+
+
+# With every feature: each adds code and none takes any away.
+switches = dict(GROUP=2, SOFTCAP=True, DROPOUT=True, **flags)
 print(json.dumps({
-    "attention-bf16": build(
-        attention_forward, "bf16", dict(p_lo="i32", p_hi="i32", p_lse="fp32"),
-        dict(LN_2=0.7, GROUP=2, D=D, BLOCK_D=block_d(D), INTERVALS=True, CAUSAL=True,
-             stride_lom=1, stride_him=1, **flags),
-        attention_config(torch.bfloat16, block_d(D)),
+    "attention-bf16": attention(
+        attention_forward, attention_config(torch.bfloat16, block_d(D), hip),
+        LN_2=0.7, LOG2_E=1.4, SINKS=True, **switches,
+    ),
+    "attention_backward_dkdv-bf16": attention(
+        backward.attention_backward_dkdv, over_keys, RUNS=backward.RUNS, **switches
+    ),
+    "attention_backward_dq-bf16": attention(
+        backward.attention_backward_dq, over_queries, **switches
+    ),
+    "attention_backward_rows-bf16": attention(
+        backward.attention_backward_rows, few, BLOCK_M=blocks["BLOCK_M"], LOG2_E=1.4, DLSE=True,
+    ),
+    "attention_backward_runs": attention(
+        backward.attention_backward_runs, few, RUNS=backward.RUNS, SEARCH=backward.SEARCH, **blocks,
     ),
     "lora_linear-bf16-adapter32": build(
         lora_linear_forward, "bf16", dict(p_b="fp32"),
@@ -92,5 +122,5 @@ def test_kernels_compile_and_fit_the_target(name: str, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-2000:]
     shared = json.loads(done.stdout)
-    assert len(shared) == 3
+    assert len(shared) == 7
     assert max(shared.values()) <= limit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, overload
 
 import torch
@@ -24,6 +25,11 @@ def attention(
     intervals: Intervals | None = ...,
     causal: bool = ...,
     scale: float | None = ...,
+    softcap: float | None = ...,
+    sinks: Tensor | None = ...,
+    dropout_p: float = ...,
+    seed: int | Tensor | None = ...,
+    deterministic: bool = ...,
     return_lse: Literal[False] = ...,
     impl: Impl = ...,
 ) -> Tensor: ...
@@ -36,6 +42,11 @@ def attention(
     intervals: Intervals | None = ...,
     causal: bool = ...,
     scale: float | None = ...,
+    softcap: float | None = ...,
+    sinks: Tensor | None = ...,
+    dropout_p: float = ...,
+    seed: int | Tensor | None = ...,
+    deterministic: bool = ...,
     return_lse: Literal[True],
     impl: Impl = ...,
 ) -> tuple[Tensor, Tensor]: ...
@@ -47,14 +58,19 @@ def attention(
     intervals: Intervals | None = None,
     causal: bool = False,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    deterministic: bool = False,
     return_lse: bool = False,
     impl: Impl = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention in which each query sees one contiguous range of keys.
 
-    ``softmax(scale * q @ k.T) @ v``, with accumulation in float32. Differentiable once, through
-    ``lse`` as well. Under autocast, q, k and v (unless float64) are cast to the autocast dtype,
-    as ``scaled_dot_product_attention`` does.
+    ``dropout(softmax(cap(scale * q @ k.T))) @ v``, with accumulation in float32. Differentiable
+    once, through ``lse`` and ``sinks`` as well. Under autocast, q, k and v (unless float64) are
+    cast to the autocast dtype, as ``scaled_dot_product_attention`` does, and sinks to float32.
 
     Args:
         q: ``[B, Hq, S, D]`` float16, bfloat16, float32 or float64. Strides are free, but a
@@ -62,40 +78,74 @@ def attention(
         k, v: ``[B, Hkv, T, D]``, dtype and device of ``q``; ``Hkv`` divides ``Hq`` and query head
             ``h`` reads key head ``h // (Hq // Hkv)``. Keys that nothing sees must be finite too.
         intervals: the visible keys of each query, ``[B or 1, S]`` bounds; all keys when None.
+            Bounds outside ``[0, T]`` act as if clamped to it: reading them to refuse them would
+            make the host wait for the device.
         causal: also hide the keys ``j > i + T - S`` from query ``i`` (aligned at the bottom
             right, so that a decode step's last query sees the whole cache).
         scale: of the scores, ``D ** -0.5`` when None.
-        return_lse: also return the log-sum-exp of each row's scaled scores.
-        impl: ``"auto"``; ``"reference"`` (plain PyTorch, any device); ``"cpu"`` (PyTorch's CPU
-            flash kernel); ``"triton"`` (a GPU, or the CPU under ``TRITON_INTERPRET=1``; float16,
-            bfloat16, float32 with ``D <= 256``). Only ``"auto"`` chooses by what can run.
+        softcap: bound the scaled scores to ``softcap * tanh(score / softcap)``; above 0.
+        sinks: ``[Hq]``, float32 or the dtype of ``q``: a learned score of each head that joins
+            the normalizer and has no value. ``-inf`` is no sink.
+        dropout_p: probability in ``[0, 1)``, to within ``2**-32``, of dropping a (query, key)
+            pair after the softmax; what stays is scaled by ``1 / (1 - dropout_p)``.
+        seed: of the dropout, an int of 64 bits or an int64 tensor of one element on the device of
+            ``q``, which the host never reads. The mask depends on it and on the positions alone:
+            the same for every ``impl``. None draws one from torch's generator of that device, so
+            ``torch.manual_seed`` governs it and checkpointing replays it. Ignored without dropout,
+            so that one call serves training and evaluation.
+        deterministic: promise bitwise equal results from call to call. No implementation needs
+            to work differently for it; a dropout whose seed is drawn cannot, and is refused.
+        return_lse: also return the log-sum-exp of each row's scores, the sink's included.
+        impl: ``"auto"``; ``"reference"`` (plain PyTorch, any device); ``"cpu"`` (blocks of rows,
+            in PyTorch's CPU flash kernel where that can do it); ``"triton"`` (a GPU, or the CPU
+            under ``TRITON_INTERPRET=1``; float16, bfloat16, float32 with ``D <= 256``). Only
+            ``"auto"`` chooses by what can run.
 
     Returns:
         ``[B, Hq, S, D]`` in the dtype of ``q``, stored as ``[B, S, Hq, D]`` so that
         ``.transpose(1, 2)`` is contiguous. With ``return_lse`` also ``lse``, ``[B, Hq, S]``
         float32 (float64 for float64 inputs). A row that sees no key gives zeros, ``lse = -inf``
-        and zero gradients.
+        (with sinks: the sink) and zero gradients to q, k and v.
 
     Raises:
-        KernelInputError: a shape, dtype or device does not match, or ``impl`` cannot run here.
+        KernelInputError: a shape, dtype, device or option does not match, or ``impl`` cannot run
+            here.
 
-    Source: Dao 2023, arXiv:2307.08691 (online softmax, recomputation in backward).
+    Sources: Dao 2023, arXiv:2307.08691 (online softmax, recomputation in backward); Gemma Team
+    2024, arXiv:2408.00118 (softcap); Xiao et al. 2023, arXiv:2309.17453 (sinks); Salmon et al.
+    2011, doi:10.1145/2063384.2063405 (Philox, the dropout's generator).
     """
     dtype = autocast_dtype(q)
     if dtype is not None:
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+        sinks = None if sinks is None else sinks.float()
     _check(q, k, v, intervals, impl)
+    _check_options(q, softcap, sinks, dropout_p, seed, deterministic)
     out, lse = torch.ops.mmopt.attention(
         q,
         k,
         v,
         None if intervals is None else intervals.lo,
         None if intervals is None else intervals.hi,
+        sinks,
+        _seed(seed, q.device) if dropout_p > 0 else None,
         causal,
         q.shape[-1] ** -0.5 if scale is None else float(scale),
+        None if softcap is None else float(softcap),
+        float(dropout_p),
         impl,
     )
     return (out, lse) if return_lse else out
+
+
+def _seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
+    if seed is None:
+        # On the device, where checkpointing and torch.compile save and replay the generator.
+        return torch.randint(2**63 - 1, (1,), device=device)
+    if isinstance(seed, Tensor):
+        return seed
+    # Unlike torch.tensor, this waits for no copy to a GPU.
+    return torch.full((1,), seed, dtype=torch.int64, device=device)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, intervals: Intervals | None, impl: str) -> None:
@@ -148,4 +198,55 @@ def _check(q: Tensor, k: Tensor, v: Tensor, intervals: Intervals | None, impl: s
         raise KernelInputError(
             f"attention: intervals are on {lo.device}, expected {q.device} like q. "
             "Build them with device=q.device."
+        )
+
+
+def _check_options(
+    q: Tensor,
+    softcap: float | None,
+    sinks: Tensor | None,
+    dropout_p: float,
+    seed: int | Tensor | None,
+    deterministic: bool,
+) -> None:
+    if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
+        raise KernelInputError(
+            f"attention: softcap is {softcap}, expected a finite number above 0. "
+            "For no cap, pass None."
+        )
+    if sinks is not None:
+        if sinks.shape != q.shape[1:2]:
+            raise KernelInputError(
+                f"attention: sinks have shape {tuple(sinks.shape)}, expected [{q.shape[1]}] "
+                "because q has that many heads. Give each query head one sink."
+            )
+        if sinks.dtype not in (torch.float32, q.dtype) or sinks.device != q.device:
+            raise KernelInputError(
+                f"attention: sinks are {sinks.dtype} on {sinks.device}, expected torch.float32 or "
+                f"{q.dtype} on {q.device} like q. Cast or move them before the call."
+            )
+    # Written so that NaN is refused.
+    if not 0.0 <= dropout_p < 1.0:
+        raise KernelInputError(
+            f"attention: dropout_p is {dropout_p}, expected a probability in [0, 1). "
+            "For no dropout, as in evaluation, pass 0."
+        )
+    if dropout_p == 0:
+        return
+    if seed is None:
+        if deterministic:
+            raise KernelInputError(
+                f"attention: seed is None, expected an int or a tensor because deterministic is "
+                f"True and dropout_p is {dropout_p}. Pass a seed of your own for each step."
+            )
+    elif isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != q.device:
+            raise KernelInputError(
+                f"attention: seed is {seed.dtype} {tuple(seed.shape)} on {seed.device}, expected "
+                f"torch.int64 of one element on {q.device} like q. Pass an int, or such a tensor."
+            )
+    elif not -(2**63) <= seed < 2**63:
+        raise KernelInputError(
+            f"attention: seed is {seed}, expected 64 bits: -2**63 or more and below 2**63. "
+            "Take it modulo 2**63."
         )

@@ -1,12 +1,28 @@
-"""Attention on the CPU through PyTorch's flash kernel, the one that SDPA runs there."""
+"""Attention on the CPU in memory linear in the length, by blocks of query rows.
+
+PyTorch's flash kernel, the one that SDPA runs there, computes each block where it can; softcap,
+dropout and the gradient of lse, which it has not, are written out in PyTorch. Either way a block
+reads only the keys between the first and the last that its rows see.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-# The lower bound of a mask that has none.
-_ZERO = torch.zeros(1, 1, dtype=torch.int32)
+from mmopt_kernels.attention.philox import keep_mask
+from mmopt_kernels.attention.reference import sinks_backward
+
+# Elements of a block: of the mask that PyTorch's kernel is given, and of the scores where they are
+# written out (a dozen tensors of that size with dropout, whose words are int64).
+MASK_ELEMENTS = 2**16
+SCORE_ELEMENTS = 2**18
+# The fewest rows, however many keys: below, matmuls are too thin to run at speed.
+MASK_ROWS = 128
+SCORE_ROWS = 16
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -17,40 +33,64 @@ def supported(q: Tensor, k: Tensor) -> bool:
     return q.device.type == "cpu" and q.numel() > 0 and k.numel() > 0
 
 
-def _mask(
-    q: Tensor, k: Tensor, lo: Tensor | None, hi: Tensor | None, causal: bool
-) -> tuple[bool, Tensor | None, Tensor | None]:
-    """``is_causal``, additive mask or None, and the empty rows ``[B or 1, 1, S, 1]`` or None.
+@dataclass(frozen=True)
+class Block:
+    """Some rows of some sequences, and the keys that they see.
 
-    The bounds are in host memory here, so looking at them costs no synchronisation.
+    ``hidden`` is bool ``[n or 1, rows, keys]``, None where every row sees every key.
     """
+
+    sequences: slice
+    rows: slice
+    keys: slice
+    hidden: Tensor | None
+
+
+def _bounds(
+    q: Tensor, k: Tensor, lo: Tensor | None, hi: Tensor | None, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """The visible keys of each row, ``[B or 1, S]`` each, within ``[0, T]``."""
     S, T = q.shape[2], k.shape[2]
-    if lo is None and hi is None:
-        # The last query of a causal mask sees every key.
-        if not causal or S == 1:
-            return False, None, None
-        # PyTorch aligns its causal mask at the top left: the same only for S == T.
-        if S == T:
-            return True, None, None
-    # Row bounds [B or 1, S or 1]; PyTorch broadcasts what does not vary.
-    lower = _ZERO if lo is None else lo.clamp(min=0)
-    upper = torch.full((1, 1), T, dtype=torch.int32) if hi is None else hi.clamp(max=T)
+    lower = torch.zeros(1, S, dtype=torch.int32) if lo is None else lo.clamp(0, T)
+    upper = torch.full((1, S), T, dtype=torch.int32) if hi is None else hi.clamp(0, T)
     if causal:
         diagonal = torch.arange(T - S + 1, T + 1, dtype=torch.int32)[None]
-        upper = torch.minimum(upper, diagonal)
-        if S == T and not lower.any() and torch.equal(upper, diagonal.expand_as(upper)):
-            return True, None, None
-    j = torch.arange(T, dtype=torch.int32)
-    hidden = j >= upper[..., None]
-    if lower.any():
-        hidden = hidden | (j < lower[..., None])
-    elif not causal and not hidden.any():
-        return False, None, None
-    additive = torch.where(hidden, float("-inf"), torch.zeros((), dtype=q.dtype))
-    empty = lower >= upper
-    if not empty.any():
-        return False, additive[:, None], None
-    return False, additive[:, None], empty[:, None, :, None]
+        upper = torch.minimum(upper, diagonal).clamp(min=0)
+    B = max(lower.shape[0], upper.shape[0])
+    return lower.expand(B, -1), upper.expand(B, -1)
+
+
+def _blocks(
+    lower: Tensor, upper: Tensor, T: int, heads: int, elements: int, least: int
+) -> Iterator[Block]:
+    """Blocks of ``elements`` scores in ``heads`` heads, if ``least`` rows have no more than that.
+
+    Rows that see nothing are in no block, or hidden. The bounds are in host memory here, so
+    looking at them costs no synchronisation.
+    """
+    B, S = lower.shape
+    n_rows = min(S, max(least, elements // (heads * T)))
+    n_sequences = max(1, elements // (heads * T * n_rows))
+    for b in range(0, B, n_sequences):
+        # Bounds that the batch shares make one mask for all of it.
+        sequences = slice(None) if B == 1 else slice(b, b + n_sequences)
+        for i in range(0, S, n_rows):
+            rows = slice(i, i + n_rows)
+            # [n or 1, rows]
+            first, last = lower[sequences, rows], upper[sequences, rows]
+            seeing = first < last
+            if not seeing.any():
+                continue
+            start = int(torch.where(seeing, first, T).min())
+            stop = int(torch.where(seeing, last, 0).max())
+            j = torch.arange(start, stop, dtype=torch.int32)
+            hidden = None
+            if int(last.min()) < stop:
+                hidden = j >= last[..., None]
+            if int(first.max()) > start:
+                before = j < first[..., None]
+                hidden = before if hidden is None else hidden.logical_or_(before)
+            yield Block(sequences, rows, slice(start, stop), hidden)
 
 
 def forward(
@@ -59,19 +99,30 @@ def forward(
     v: Tensor,
     lo: Tensor | None,
     hi: Tensor | None,
+    sinks: Tensor | None,
+    seed: Tensor | None,
     causal: bool,
     scale: float,
+    softcap: float | None,
+    dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
-    is_causal, mask, empty = _mask(q, k, lo, hi, causal)
-    out, lse = _forward(q, k, v, 0.0, is_causal, attn_mask=mask, scale=scale)
-    if empty is not None:
-        out = out.masked_fill(empty, 0.0)
-        lse = lse.masked_fill(empty[..., 0], float("-inf"))
+    lower, upper = _bounds(q, k, lo, hi, causal)
+    if softcap is None and seed is None:
+        out, lse = _flash_forward(q, k, v, lower, upper, scale)
+    else:
+        out, lse = _written_forward(q, k, v, lower, upper, seed, scale, softcap, dropout_p)
+    if sinks is not None:
+        # One more term in the normalizer: the probabilities shrink by what it takes.
+        total = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
+        # A row with neither key nor sink: -inf - -inf.
+        out.mul_((lse - total).exp_().nan_to_num_(0.0)[..., None])
+        lse = total
     return out, lse
 
 
 def backward(
     grad_out: Tensor,
+    grad_lse: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -79,14 +130,247 @@ def backward(
     lse: Tensor,
     lo: Tensor | None,
     hi: Tensor | None,
+    sinks: Tensor | None,
+    seed: Tensor | None,
     causal: bool,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    is_causal, mask, empty = _mask(q, k, lo, hi, causal)
-    if empty is not None:
-        grad_out = grad_out.masked_fill(empty, 0.0)
-        # exp(s - inf) is 0 where exp(s + inf) would be inf or NaN.
-        lse = lse.masked_fill(empty[..., 0], float("inf"))
-    return _backward(  # type: ignore[no-any-return]
-        grad_out, q, k, v, out, lse, 0.0, is_causal, attn_mask=mask, scale=scale
+    softcap: float | None,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    lower, upper = _bounds(q, k, lo, hi, causal)
+    if softcap is None and seed is None and grad_lse is None:
+        # With sinks too: the kernel recomputes p = exp(s - lse) and takes grad_out . out for
+        # delta, and both hold for any lse and out that include the sink. Its other terms are the
+        # keys' alone.
+        grads = _flash_backward(grad_out, q, k, v, out, lse, lower, upper, scale)
+        if sinks is None:
+            return *grads, lse.new_empty(0)
+        return *grads, sinks_backward(sinks, _delta(grad_out, out, None), lse)
+    delta = _delta(grad_out, out, grad_lse)
+    grads = _written_backward(
+        grad_out, delta, q, k, v, lse, lower, upper, seed, scale, softcap, dropout_p
     )
+    return *grads, sinks_backward(sinks, delta, lse)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _zeros_heads_last(x: Tensor) -> Tensor:
+    """``[B, H, S, D]`` zeros, stored as ``[B, S, H, D]``."""
+    return torch.zeros_like(x.transpose(1, 2), memory_format=torch.contiguous_format).transpose(
+        1, 2
+    )
+
+
+def _delta(grad_out: Tensor, out: Tensor, grad_lse: Tensor | None) -> Tensor:
+    """``[B, Hq, S, 1]``: what the softmax's normalization takes off each score's gradient."""
+    delta = (_wide(grad_out) * _wide(out)).sum(3, keepdim=True)
+    return delta if grad_lse is None else delta - grad_lse[..., None]
+
+
+# PyTorch's kernel
+
+
+def _maskless(lower: Tensor, upper: Tensor, T: int) -> str | None:
+    """``"full"`` or ``"causal"`` where PyTorch's kernel needs no mask."""
+    if lower.any():
+        return None
+    if int(upper.min()) == T:
+        return "full"
+    # PyTorch aligns its causal mask at the top left: the same only for S == T.
+    S = upper.shape[1]
+    diagonal = torch.arange(1, S + 1, dtype=torch.int32)
+    return "causal" if S == T and torch.equal(upper, diagonal.expand_as(upper)) else None
+
+
+def _additive(hidden: Tensor | None, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+    """The mask ``[n or 1, 1, rows, keys]``, and the rows ``[n or 1, 1, rows]`` that see no key."""
+    if hidden is None:
+        return None, None
+    mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))
+    empty = hidden.all(2)
+    return mask[:, None], empty[:, None] if empty.any() else None
+
+
+def _flash_forward(
+    q: Tensor, k: Tensor, v: Tensor, lower: Tensor, upper: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    T = k.shape[2]
+    maskless = _maskless(lower, upper, T)
+    if maskless is not None:
+        return _forward(q, k, v, 0.0, maskless == "causal", scale=scale)  # type: ignore[no-any-return]
+    out = _zeros_heads_last(q)
+    lse = _wide(q.new_empty(0)).new_full(q.shape[:3], float("-inf"))
+    for block in _blocks(lower, upper, T, 1, MASK_ELEMENTS, MASK_ROWS):
+        n, rows, keys = block.sequences, block.rows, block.keys
+        mask, empty = _additive(block.hidden, q.dtype)
+        b_out, b_lse = _forward(
+            q[n, :, rows], k[n, :, keys], v[n, :, keys], 0.0, False, attn_mask=mask, scale=scale
+        )
+        if empty is not None:
+            b_out = b_out.masked_fill(empty[..., None], 0.0)
+            b_lse = b_lse.masked_fill(empty, float("-inf"))
+        out[n, :, rows], lse[n, :, rows] = b_out, b_lse
+    return out, lse
+
+
+def _flash_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    lower: Tensor,
+    upper: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    T = k.shape[2]
+    maskless = _maskless(lower, upper, T)
+    if maskless is not None:
+        return _backward(  # type: ignore[no-any-return]
+            grad_out, q, k, v, out, lse, 0.0, maskless == "causal", scale=scale
+        )
+    dq = _zeros_heads_last(q)
+    # Sums over blocks, so wider than the 16-bit inputs.
+    dk, dv = _zeros_heads_last(_wide(k)), _zeros_heads_last(_wide(v))
+    for block in _blocks(lower, upper, T, 1, MASK_ELEMENTS, MASK_ROWS):
+        n, rows, keys = block.sequences, block.rows, block.keys
+        mask, empty = _additive(block.hidden, q.dtype)
+        b_grad, b_lse = grad_out[n, :, rows], lse[n, :, rows]
+        if empty is not None:
+            b_grad = b_grad.masked_fill(empty[..., None], 0.0)
+            # exp(s - inf) is 0 where exp(s + inf) would be inf or NaN.
+            b_lse = b_lse.masked_fill(empty, float("inf"))
+        b_dq, b_dk, b_dv = _backward(
+            b_grad, q[n, :, rows], k[n, :, keys], v[n, :, keys], out[n, :, rows], b_lse,
+            0.0, False, attn_mask=mask, scale=scale,
+        )  # fmt: skip
+        dq[n, :, rows] = b_dq
+        dk[n, :, keys] += b_dk
+        dv[n, :, keys] += b_dv
+    return dq, dk.to(k.dtype), dv.to(v.dtype)
+
+
+# Written out. The heads that share a key head are folded into its rows, which makes grouped
+# queries one matmul and their sum in dK and dV another: R = group * rows.
+
+
+def _fold(x: Tensor, Hkv: int, block: Block) -> Tensor:
+    """The rows of ``[B, Hq, S, X]`` as ``[n, Hkv, R, X]``."""
+    x = x[block.sequences, :, block.rows]
+    n, Hq, rows, X = x.shape
+    return _wide(x.reshape(n, Hkv, Hq // Hkv * rows, X))
+
+
+def _unfold(x: Tensor, Hq: int) -> Tensor:
+    """``[n, Hkv, R, X]`` as ``[n, Hq, rows, X]``."""
+    n, Hkv, R, X = x.shape
+    return x.view(n, Hq, R * Hkv // Hq, X)
+
+
+def _scores(b_q: Tensor, b_k: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """``[n, Hkv, R, keys]``, not yet masked."""
+    s = (b_q @ b_k.mT).mul_(scale)
+    return s if softcap is None else s.div_(softcap).tanh_().mul_(softcap)
+
+
+def _hide(s: Tensor, Hq: int, hidden: Tensor | None) -> Tensor:
+    """``s`` with -inf at hidden keys, in place."""
+    if hidden is not None:
+        _unfold(s, Hq).masked_fill_(hidden[:, None], float("-inf"))
+    return s
+
+
+def _drops(
+    s: Tensor, q: Tensor, block: Block, seed: Tensor | None, dropout_p: float
+) -> Tensor | None:
+    """What dropout multiplies the probabilities with, in the shape of ``s``: 0, or 1 / (1 - p)."""
+    if seed is None:
+        return None
+    B, Hq, S, _ = q.shape
+    bh = torch.arange(B * Hq).view(B, Hq, 1, 1)[block.sequences]
+    i, j = torch.arange(S)[block.rows, None], torch.arange(block.keys.start, block.keys.stop)
+    keep = keep_mask(seed, dropout_p, bh, i, j)
+    return keep.view_as(s).to(s.dtype).mul_(1.0 / (1.0 - dropout_p))
+
+
+def _written_blocks(q: Tensor, k: Tensor, lower: Tensor, upper: Tensor) -> Iterator[Block]:
+    B, Hq, S, _ = q.shape
+    bounds = lower.expand(B, S), upper.expand(B, S)
+    return _blocks(*bounds, k.shape[2], Hq, SCORE_ELEMENTS, SCORE_ROWS)
+
+
+def _written_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lower: Tensor,
+    upper: Tensor,
+    seed: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    Hq, Hkv = q.shape[1], k.shape[1]
+    kw, vw = _wide(k), _wide(v)
+    out = _zeros_heads_last(q)
+    lse = kw.new_full(q.shape[:3], float("-inf"))
+    for block in _written_blocks(q, k, lower, upper):
+        n, rows, keys = block.sequences, block.rows, block.keys
+        s = _scores(_fold(q, Hkv, block), kw[n, :, keys], scale, softcap)
+        s = _hide(s, Hq, block.hidden)
+        # [n, Hkv, R, 1]
+        b_lse = s.logsumexp(3, keepdim=True)
+        # Any finite number for a row that sees nothing: its p is exp(-inf).
+        p = s.sub_(b_lse.masked_fill(b_lse == float("-inf"), 0.0)).exp_()
+        d = _drops(p, q, block, seed, dropout_p)
+        if d is not None:
+            p.mul_(d)
+        out[n, :, rows] = _unfold(p @ vw[n, :, keys], Hq).to(q.dtype)
+        lse[n, :, rows] = _unfold(b_lse, Hq).squeeze(3)
+    return out, lse
+
+
+def _written_backward(
+    grad_out: Tensor,
+    delta: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    lower: Tensor,
+    upper: Tensor,
+    seed: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    Hq, Hkv = q.shape[1], k.shape[1]
+    kw, vw = _wide(k), _wide(v)
+    dq, dk, dv = _zeros_heads_last(q), _zeros_heads_last(kw), _zeros_heads_last(vw)
+    for block in _written_blocks(q, k, lower, upper):
+        n, rows, keys = block.sequences, block.rows, block.keys
+        # [n, Hkv, R, D] twice, [n, Hkv, R, 1] twice
+        b_q, b_grad = _fold(q, Hkv, block), _fold(grad_out, Hkv, block)
+        b_lse, b_delta = _fold(lse[..., None], Hkv, block), _fold(delta, Hkv, block)
+        s = _scores(b_q, kw[n, :, keys], scale, softcap)
+        # d s / d raw, before s is masked and becomes p
+        slope = None if softcap is None else (s / softcap).square_().neg_().add_(1.0)
+        # exp(s - lse) of a hidden key may overflow before it is masked: mask the exponent.
+        p = _hide(s.sub_(b_lse), Hq, block.hidden).exp_()
+        ds = b_grad @ vw[n, :, keys].mT
+        d = _drops(p, q, block, seed, dropout_p)
+        if d is not None:
+            ds.mul_(d)
+        ds.sub_(b_delta).mul_(p).mul_(scale)
+        if slope is not None:
+            ds.mul_(slope)
+        if d is not None:
+            p.mul_(d)
+        dq[n, :, rows] = _unfold(ds @ kw[n, :, keys], Hq).to(q.dtype)
+        dk[n, :, keys] += ds.mT @ b_q
+        dv[n, :, keys] += p.mT @ b_grad
+    return dq, dk.to(k.dtype), dv.to(v.dtype)

@@ -10,9 +10,20 @@ import triton.language as tl
 from torch import Tensor
 
 from mmopt_kernels import _triton
-
-LOG2_E = 1.4426950408889634
-LN_2 = 0.6931471805599453
+from mmopt_kernels.attention.tiles import (
+    HIP,
+    LN_2,
+    LOG2_E,
+    block_d,
+    both_bounds,
+    dropout_scales,
+    kept,
+    key_ranges,
+    row_bounds,
+    score_scales,
+    tanh,
+    warps_of,
+)
 
 
 @triton.jit
@@ -30,12 +41,19 @@ def _attend(
     i_start,
     i_end,
     T,
-    scale_log2,
+    scale,
+    scale_cap,
+    seed,
+    threshold,
+    i_bh,
+    o_m,
     o_d,
     m_d,
     BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr,
     PADDED: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    DROPOUT: tl.constexpr,
     WIDEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -63,7 +81,9 @@ def _attend(
             b_k = b_k.to(tl.float32)
             b_v = b_v.to(tl.float32)
         # [BLOCK_M, BLOCK_N]
-        b_s = tl.dot(b_q, b_k, input_precision=PRECISION) * scale_log2
+        b_s = tl.dot(b_q, b_k, input_precision=PRECISION) * scale
+        if SOFTCAP:
+            b_s = tanh(b_s) * scale_cap
         if MASKED:
             m_s = (o_n[None, :] >= b_lo[:, None]) & (o_n[None, :] < b_hi[:, None])
             b_s = tl.where(m_s, b_s, float("-inf"))
@@ -74,6 +94,9 @@ def _attend(
         b_alpha = tl.exp2(b_max - b_ref)
         b_sum = b_sum * b_alpha + tl.sum(b_p, 1)
         b_acc = b_acc * b_alpha[:, None]
+        if DROPOUT:
+            # After the sum, which dropout leaves alone.
+            b_p = tl.where(kept(seed, i_bh, o_m[:, None], o_n[None, :], threshold), b_p, 0.0)
         b_p = b_p.to(p_v.dtype.element_ty)
         b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision=PRECISION)
         b_max = b_new
@@ -82,13 +105,15 @@ def _attend(
 
 # S and T change from batch to batch; specializing on them would recompile. Strides derive from
 # the layout and keep their divisibility hint, which vectorizes the loads.
-@triton.jit(do_not_specialize=["S", "T"])
+@triton.jit(do_not_specialize=["S", "T", "threshold"])
 def attention_forward(
     p_q,
     p_k,
     p_v,
     p_lo,
     p_hi,
+    p_sinks,
+    p_seed,
     p_out,
     p_lse,
     stride_qb,
@@ -110,8 +135,12 @@ def attention_forward(
     H,
     S,
     T,
-    scale_log2,
+    scale,
+    scale_cap,
+    scale_kept,
+    threshold,
     LN_2: tl.constexpr,
+    LOG2_E: tl.constexpr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -119,6 +148,9 @@ def attention_forward(
     BLOCK_N: tl.constexpr,
     INTERVALS: tl.constexpr,
     CAUSAL: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    SINKS: tl.constexpr,
+    DROPOUT: tl.constexpr,
     WIDEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -134,25 +166,16 @@ def attention_forward(
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < D
 
-    if INTERVALS:
-        b_lo = tl.load(p_lo + i_b * stride_lob + o_m64 * stride_lom, mask=m_m, other=0)
-        b_hi = tl.load(p_hi + i_b * stride_hib + o_m64 * stride_him, mask=m_m, other=0)
-        b_lo = tl.maximum(b_lo, 0)
-        b_hi = tl.minimum(b_hi, T)
-    else:
-        b_lo = tl.zeros([BLOCK_M], tl.int32)
-        b_hi = tl.zeros([BLOCK_M], tl.int32) + T
-    if CAUSAL:
-        b_hi = tl.minimum(b_hi, o_m + (T - S + 1))
-    # Empty and absent rows leave the bounds of the tile to the others; whatever they accumulate
-    # is replaced below.
+    # fmt: off
+    b_lo, b_hi = row_bounds(
+        p_lo, p_hi, stride_lob, stride_lom, stride_hib, stride_him, i_b, o_m, m_m, S, T,
+        INTERVALS, CAUSAL,
+    )
+    # fmt: on
+    # Whatever the other rows accumulate is replaced below.
     m_row = m_m & (b_lo < b_hi)
-    i_start = tl.min(tl.where(m_row, b_lo, T)) // BLOCK_N * BLOCK_N
-    i_end = tl.max(tl.where(m_row, b_hi, 0))
-    # Blocks inside [i_full, i_part) are seen whole by every row and need no mask.
-    i_full = tl.cdiv(tl.max(tl.where(m_row, b_lo, 0)), BLOCK_N) * BLOCK_N
-    i_part = tl.min(tl.where(m_row, b_hi, T)) // BLOCK_N * BLOCK_N
-    i_part = tl.maximum(i_part, i_full)
+    i_start, i_full, i_part, i_end = key_ranges(b_lo, b_hi, m_row, T, BLOCK_N)
+    seed = tl.load(p_seed) if DROPOUT else 0
 
     # [BLOCK_M, BLOCK_D]
     p_qt = p_q + i_b * stride_qb + i_h * stride_qh + o_m64[:, None] * stride_qm + o_d[None, :]
@@ -167,52 +190,66 @@ def attention_forward(
     # fmt: off
     b_acc, b_max, b_sum = _attend(
         b_acc, b_max, b_sum, b_q, p_kh, p_vh, stride_kn, stride_vn, b_lo, b_hi,
-        i_start, tl.minimum(i_full, i_end), T, scale_log2, o_d, m_d,
-        BLOCK_N, True, D != BLOCK_D, WIDEN, PRECISION,
+        i_start, tl.minimum(i_full, i_end), T, scale, scale_cap, seed, threshold,
+        i_bh, o_m, o_d, m_d, BLOCK_N, True, D != BLOCK_D, SOFTCAP, DROPOUT, WIDEN, PRECISION,
     )
     b_acc, b_max, b_sum = _attend(
         b_acc, b_max, b_sum, b_q, p_kh, p_vh, stride_kn, stride_vn, b_lo, b_hi,
-        i_full, tl.minimum(i_part, i_end), T, scale_log2, o_d, m_d,
-        BLOCK_N, False, D != BLOCK_D, WIDEN, PRECISION,
+        i_full, tl.minimum(i_part, i_end), T, scale, scale_cap, seed, threshold,
+        i_bh, o_m, o_d, m_d, BLOCK_N, False, D != BLOCK_D, SOFTCAP, DROPOUT, WIDEN, PRECISION,
     )
     b_acc, b_max, b_sum = _attend(
         b_acc, b_max, b_sum, b_q, p_kh, p_vh, stride_kn, stride_vn, b_lo, b_hi,
-        i_part, i_end, T, scale_log2, o_d, m_d,
-        BLOCK_N, True, D != BLOCK_D, WIDEN, PRECISION,
+        i_part, i_end, T, scale, scale_cap, seed, threshold,
+        i_bh, o_m, o_d, m_d, BLOCK_N, True, D != BLOCK_D, SOFTCAP, DROPOUT, WIDEN, PRECISION,
     )
     # fmt: on
-    b_out = tl.where(m_row[:, None], b_acc / tl.where(m_row, b_sum, 1.0)[:, None], 0.0)
-    b_lse = (b_max + tl.log2(tl.where(m_row, b_sum, 1.0))) * LN_2
-    b_lse = tl.where(m_row, b_lse, float("-inf"))
+    b_acc = tl.where(m_row[:, None], b_acc, 0.0)
+    b_sum = tl.where(m_row, b_sum, 0.0)
+    b_max = tl.where(m_row, b_max, float("-inf"))
+    if SINKS:
+        b_sink = tl.load(p_sinks + i_h).to(tl.float32) * LOG2_E
+        b_new = tl.maximum(b_max, b_sink)
+        # An empty row whose sink is -inf too.
+        b_ref = tl.where(b_new == float("-inf"), 0.0, b_new)
+        b_alpha = tl.exp2(b_max - b_ref)
+        b_sum = b_sum * b_alpha + tl.exp2(b_sink - b_ref)
+        b_acc = b_acc * b_alpha[:, None]
+        b_max = b_new
+    # 0 only in an empty row: its output is then 0 and its lse -inf.
+    b_sum = tl.where(b_sum == 0.0, 1.0, b_sum)
+    b_out = b_acc / b_sum[:, None]
+    if DROPOUT:
+        b_out = b_out * scale_kept
+    b_lse = (b_max + tl.log2(b_sum)) * LN_2
     p_ot = p_out + i_b * stride_ob + i_h * stride_oh + o_m64[:, None] * stride_om + o_d[None, :]
     tl.store(p_ot, b_out.to(p_out.dtype.element_ty), mask=m_m[:, None] & m_d[None, :])
     tl.store(p_lse + i_bh * S + o_m64, b_lse, mask=m_m)
 
 
-def config(dtype: torch.dtype, block_d: int) -> dict[str, int]:
+def config(dtype: torch.dtype, block_d: int, hip: bool = HIP) -> dict[str, int]:
     """Tile, warps and pipeline stages.
 
     Chosen from what ptxas reports for sm_80 and sm_90, not yet from a clock (issue 4 measures):
-    the largest tiles that spill nothing in 16 bits (float32 in ieee precision runs without matrix
-    instructions, and a head of 65 to 128 spills 136 bytes on sm_90), in at most 96 KiB of shared
-    memory; every target from sm_80 on gives a block 99 KiB.
+    the largest tiles that spill nothing in 16 bits, with dropout, softcap and sinks either
+    (float32 in ieee precision runs without matrix instructions, and on sm_90 a head of up to 64
+    spills 24 bytes, one of 65 to 128 120 bytes), in at most 98 KiB of shared memory; every target
+    from sm_80 on gives a block 99 KiB.
     """
     if dtype == torch.float32:
         if block_d <= 64:
-            return {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
-        if block_d <= 128:
-            return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1}
-        return {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 8, "num_stages": 1}
-    if block_d <= 64:
-        return {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3}
-    if block_d <= 128:
-        return {"BLOCK_M": 128, "BLOCK_N": 32, "num_warps": 8, "num_stages": 3}
-    return {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
-
-
-def block_d(head_dim: int) -> int:
-    """The head dimension as the kernel holds it: a power of two, and 16 or more for tl.dot."""
-    return max(16, triton.next_power_of_2(head_dim))  # type: ignore[no-any-return]
+            tile = {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
+        elif block_d <= 128:
+            tile = {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1}
+        else:
+            tile = {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 8, "num_stages": 1}
+    elif block_d <= 64:
+        tile = {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3}
+    elif block_d <= 128:
+        tile = {"BLOCK_M": 128, "BLOCK_N": 32, "num_warps": 8, "num_stages": 3}
+    else:
+        tile = {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
+    return warps_of(tile, hip)
 
 
 def launch(
@@ -221,8 +258,12 @@ def launch(
     v: Tensor,
     lo: Tensor | None,
     hi: Tensor | None,
+    sinks: Tensor | None,
+    seed: Tensor | None,
     causal: bool,
     scale: float,
+    softcap: float | None,
+    dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
     """Out stored as ``[B, S, H, D]``, and lse. The last stride of q, k and v is 1."""
     B, H, S, D = q.shape
@@ -231,14 +272,8 @@ def launch(
     lse = q.new_empty(B, H, S, dtype=torch.float32)
     if q.numel() == 0:
         return out, lse
-    # One bound alone still selects the interval path; the other is then all keys.
-    if lo is None and hi is not None:
-        lo = torch.zeros_like(hi)
-    if hi is None and lo is not None:
-        hi = torch.full_like(lo, T)
-    bounds = () if lo is None or hi is None else (lo, hi)
-    # A batch of one serves every sequence: stride 0, without a copy.
-    strides = [0 if x.shape[0] == 1 else x.stride(0) for x in bounds]
+    lo, hi, bound_strides = both_bounds(lo, hi, T)
+    threshold, scale_kept = dropout_scales(dropout_p)
     tile = config(q.dtype, block_d(D))
     grid = (triton.cdiv(S, tile["BLOCK_M"]) * B * H,)
     with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]
@@ -248,24 +283,31 @@ def launch(
             v,
             lo,
             hi,
+            None if sinks is None else sinks.contiguous(),
+            seed,
             out,
             lse,
             *q.stride()[:3],
             *k.stride()[:3],
             *v.stride()[:3],
             *out.stride()[:3],
-            *((strides[0], bounds[0].stride(1)) if bounds else (0, 0)),
-            *((strides[1], bounds[1].stride(1)) if bounds else (0, 0)),
+            *bound_strides,
             H,
             S,
             T,
-            scale * LOG2_E,
+            *score_scales(scale, softcap),
+            scale_kept,
+            threshold,
             LN_2=LN_2,
+            LOG2_E=LOG2_E,
             GROUP=H // k.shape[1],
             D=D,
             BLOCK_D=block_d(D),
-            INTERVALS=bool(bounds),
+            INTERVALS=lo is not None,
             CAUSAL=causal,
+            SOFTCAP=softcap is not None,
+            SINKS=sinks is not None,
+            DROPOUT=dropout_p > 0,
             WIDEN=_triton.must_widen(q.dtype),
             PRECISION=_triton.dot_precision(),
             **tile,

@@ -21,15 +21,17 @@ TRITON_MAX_HEAD_DIM = 256
 
 torch.library.define(
     "mmopt::attention",
-    "(Tensor q, Tensor k, Tensor v, Tensor? lo, Tensor? hi, bool causal, float scale, str impl)"
+    "(Tensor q, Tensor k, Tensor v, Tensor? lo, Tensor? hi, Tensor? sinks, Tensor? seed,"
+    " bool causal, float scale, float? softcap, float dropout_p, str impl)"
     " -> (Tensor out, Tensor lse)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 torch.library.define(
     "mmopt::attention_backward",
     "(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
-    " Tensor? lo, Tensor? hi, bool causal, float scale, str impl)"
-    " -> (Tensor dq, Tensor dk, Tensor dv)",
+    " Tensor? lo, Tensor? hi, Tensor? sinks, Tensor? seed, bool causal, float scale,"
+    " float? softcap, float dropout_p, str impl)"
+    " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dsinks)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -88,8 +90,12 @@ def _attention_fake(
     v: Tensor,
     lo: Tensor | None,
     hi: Tensor | None,
+    sinks: Tensor | None,
+    seed: Tensor | None,
     causal: bool,
     scale: float,
+    softcap: float | None,
+    dropout_p: float,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     return _empty_heads_last(q), q.new_empty(q.shape[:3], dtype=_lse_dtype(q))
@@ -102,20 +108,25 @@ def _attention(
     v: Tensor,
     lo: Tensor | None,
     hi: Tensor | None,
+    sinks: Tensor | None,
+    seed: Tensor | None,
     causal: bool,
     scale: float,
+    softcap: float | None,
+    dropout_p: float,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     chosen = _resolve(impl, q, k)
     q, k, v = _unit_last_stride(q), _unit_last_stride(k), _unit_last_stride(v)
+    args = (q, k, v, lo, hi, sinks, seed, causal, scale, softcap, dropout_p)
     if chosen == "triton":
         from mmopt_kernels.attention.kernel import launch  # first Triton import
 
-        return launch(q, k, v, lo, hi, causal, scale)
+        return launch(*args)
     if chosen == "cpu" and cpu.supported(q, k):
-        out, lse = cpu.forward(q, k, v, lo, hi, causal, scale)
+        out, lse = cpu.forward(*args)
     else:
-        out, lse = reference(q, k, v, lo, hi, causal, scale)
+        out, lse = reference(*args)
     return _heads_last(out), lse.contiguous()
 
 
@@ -130,11 +141,16 @@ def _attention_backward_fake(
     lse: Tensor,
     lo: Tensor | None,
     hi: Tensor | None,
+    sinks: Tensor | None,
+    seed: Tensor | None,
     causal: bool,
     scale: float,
+    softcap: float | None,
+    dropout_p: float,
     impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_heads_last(q), _empty_heads_last(k), _empty_heads_last(v)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dsinks = lse.new_empty(0) if sinks is None else torch.empty_like(sinks)
+    return _empty_heads_last(q), _empty_heads_last(k), _empty_heads_last(v), dsinks
 
 
 @torch.library.impl("mmopt::attention_backward", "CompositeExplicitAutograd")
@@ -148,38 +164,46 @@ def _attention_backward(
     lse: Tensor,
     lo: Tensor | None,
     hi: Tensor | None,
+    sinks: Tensor | None,
+    seed: Tensor | None,
     causal: bool,
     scale: float,
+    softcap: float | None,
+    dropout_p: float,
     impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     chosen = _resolve(impl, q, k)
-    # PyTorch's CPU backward has no input for the gradient of lse.
-    if chosen == "cpu" and grad_lse is None and cpu.supported(q, k):
-        q, k, v = _unit_last_stride(q), _unit_last_stride(k), _unit_last_stride(v)
-        grad_out = _unit_last_stride(grad_out)
-        grads = cpu.backward(grad_out, q, k, v, out, lse, lo, hi, causal, scale)
+    q, k, v = _unit_last_stride(q), _unit_last_stride(k), _unit_last_stride(v)
+    grad_out, out = _unit_last_stride(grad_out), _unit_last_stride(out)
+    inputs = (grad_out, grad_lse, q, k, v, out, lse, lo, hi, sinks, seed)
+    if chosen == "triton":
+        from mmopt_kernels.attention.kernel_backward import launch_backward
+
+        return launch_backward(*inputs, causal, scale, softcap, dropout_p)
+    if chosen == "cpu" and cpu.supported(q, k):
+        grads = cpu.backward(*inputs, causal, scale, softcap, dropout_p)
     else:
-        # The Triton forward pairs with this until its own backward exists (issue 4).
-        grads = reference_backward(grad_out, grad_lse, q, k, v, out, lse, lo, hi, causal, scale)
-    dq, dk, dv = grads
-    return _heads_last(dq), _heads_last(dk), _heads_last(dv)
+        grads = reference_backward(*inputs, causal, scale, softcap, dropout_p)
+    dq, dk, dv, dsinks = grads
+    return _heads_last(dq), _heads_last(dk), _heads_last(dv), dsinks
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, lo, hi, ctx.causal, ctx.scale, ctx.impl = inputs
-    ctx.save_for_backward(q, k, v, *output, lo, hi)
+    q, k, v, lo, hi, sinks, seed, *ctx.options = inputs
+    ctx.save_for_backward(q, k, v, *output, lo, hi, sinks, seed)
     # An unused lse then has no gradient, instead of zeros that would cost the fast backward.
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
-    q, k, v, out, lse, lo, hi = ctx.saved_tensors
+    q, k, v, out, lse, lo, hi, sinks, seed = ctx.saved_tensors
     if grad_out is None:
         grad_out = torch.zeros_like(out)
-    grads = torch.ops.mmopt.attention_backward(
-        grad_out, grad_lse, q, k, v, out, lse, lo, hi, ctx.causal, ctx.scale, ctx.impl
+    *grads, dsinks = torch.ops.mmopt.attention_backward(
+        grad_out, grad_lse, q, k, v, out, lse, lo, hi, sinks, seed, *ctx.options
     )
-    return (*grads, None, None, None, None, None)
+    # Of q, k, v, lo, hi, sinks, seed, causal, scale, softcap, dropout_p and impl.
+    return (*grads, None, None, None if sinks is None else dsinks, *[None] * 6)
 
 
 torch.library.register_autograd("mmopt::attention", _differentiate, setup_context=_save)

@@ -1,0 +1,375 @@
+"""The Triton launchers of attention, against float64 PyTorch differentiated by autograd.
+
+Small tiles take the place of the shipped ones, so that short inputs still span several of them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="runs Triton kernels")
+
+from mmopt_kernels.attention import kernel, kernel_backward
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SEED = -(3 << 40) + 12345  # negative, and wider than 32 bits
+FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
+NAMES = {FP32: "fp32", FP16: "fp16", BF16: "bf16"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes, mask and features of one call; `layout` is how q, k, v and grad_out are stored."""
+
+    Hq: int = 2
+    Hkv: int = 2
+    S: int = 17
+    T: int = 43
+    D: int = 16
+    mask: str = "full"
+    causal: bool = False
+    softcap: float | None = None
+    sinks: bool = False
+    dropout: float = 0.0
+    dlse: bool = False
+    dtype: torch.dtype = FP32
+    B: int = 2
+
+    def __str__(self) -> str:
+        words = [NAMES[self.dtype], f"H{self.Hq}:{self.Hkv}-S{self.S}-T{self.T}-D{self.D}"]
+        words.append(self.mask)
+        features = ("causal", "softcap", "sinks", "dropout", "dlse")
+        return "-".join(words + [name for name in features if getattr(self, name)])
+
+    def bounds(self) -> tuple[Tensor | None, Tensor | None]:
+        S, T = self.S, self.T
+        i = torch.arange(S, dtype=torch.int32)[None]
+        if self.mask == "full":
+            return None, None
+        if self.mask == "window":
+            return i + (T - S - 9), i + (T - S + 5)
+        if self.mask == "packed":
+            return i // 13 * 13, i // 13 * 13 + 13
+        if self.mask == "left":
+            lo = torch.tensor([[T // 3], [0]], dtype=torch.int32).expand(2, S)
+            return lo, torch.full_like(lo, T)
+        if self.mask == "gaps":
+            # Tiles of 16 rows see the first, the last and again the first keys: several runs.
+            lo = torch.where(i // 16 % 2 == 0, 0, T - 20).to(torch.int32)
+            return lo, lo + 18
+        assert self.mask == "random"
+        g = torch.Generator().manual_seed(3)
+        # Not monotone; may see nothing, and may reach beyond both ends.
+        lo = torch.randint(-4, T, (self.B, S), generator=g, dtype=torch.int32)
+        length = torch.randint(0, T, (self.B, S), generator=g, dtype=torch.int32)
+        length[:, ::5] = 0
+        return lo, lo + length
+
+
+PLAIN = [
+    Case(),
+    Case(S=1, T=43, causal=True),
+    Case(S=33, T=1, sinks=True),
+    Case(Hq=4, Hkv=1, S=43, T=17, D=40, causal=True, dlse=True, dtype=BF16),
+    Case(Hq=4, Hkv=2, S=37, T=37, D=24, mask="random", causal=True, softcap=1.5, dtype=FP16),
+    Case(S=43, T=43, mask="left", causal=True, sinks=True, dlse=True, dtype=BF16, B=2),
+    Case(Hq=4, Hkv=1, S=48, T=48, mask="window", dropout=0.3, dtype=FP16, B=1),
+    Case(Hq=2, Hkv=1, S=65, T=65, mask="packed", softcap=0.7, dropout=0.5, B=1),
+    Case(S=70, T=40, mask="gaps", dlse=True, B=1, Hq=1, Hkv=1),
+    Case(S=33, T=64, causal=True, dropout=0.1, softcap=50.0, B=1),
+    Case(
+        Hq=4, Hkv=2, S=35, T=43, D=40, mask="random", causal=True, softcap=2.0, sinks=True,
+        dropout=0.25, dlse=True,
+    ),
+    Case(
+        Hq=4, Hkv=2, S=35, T=43, D=40, mask="random", causal=True, softcap=2.0, sinks=True,
+        dropout=0.25, dlse=True, dtype=BF16,
+    ),
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_tiles(monkeypatch, 16, 16)
+
+
+def use_tiles(monkeypatch: pytest.MonkeyPatch, block_m: int, block_n: int) -> None:
+    tile = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": 4, "num_stages": 1}
+    monkeypatch.setattr(kernel, "config", lambda dtype, d: tile)
+    monkeypatch.setattr(kernel_backward, "config_dkdv", lambda dtype, d: tile)
+    monkeypatch.setattr(kernel_backward, "config_dq", lambda dtype, d: tile)
+
+
+def philox(seed: int, j: np.ndarray, i: np.ndarray, bh: np.ndarray) -> np.ndarray:
+    """The first word of Philox-4x32-10, in uint64 so that no product overflows."""
+    low = np.uint64(0xFFFFFFFF)
+    shape = np.broadcast_shapes(j.shape, i.shape, bh.shape)
+    c = [np.broadcast_to(x, shape).astype(np.uint64) for x in (j, i, bh, np.zeros(1))]
+    key = [seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF]
+    for _ in range(10):
+        a, b = c[0] * np.uint64(0xD2511F53), c[2] * np.uint64(0xCD9E8D57)
+        k0, k1 = np.uint64(key[0]), np.uint64(key[1])
+        c = [(b >> np.uint64(32)) ^ c[1] ^ k0, b & low, (a >> np.uint64(32)) ^ c[3] ^ k1, a & low]
+        key = [(key[0] + 0x9E3779B9) % 2**32, (key[1] + 0xBB67AE85) % 2**32]
+    return c[0]
+
+
+def kept(case: Case) -> Tensor:
+    """[B, Hq, S, T], true where dropout keeps."""
+    j, i = np.arange(case.T), np.arange(case.S)[:, None]
+    bh = np.arange(case.B * case.Hq).reshape(case.B, case.Hq, 1, 1)
+    threshold = min(round(case.dropout * 2**32), 2**32 - 1)
+    return torch.from_numpy(philox(SEED, j, i, bh) >= np.uint64(threshold)).to(DEVICE)
+
+
+def plain_attention(
+    case: Case, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The definition, in the dtype of the inputs; empty rows give 0 and lse 0 instead of -inf."""
+    k, v = (x.repeat_interleave(case.Hq // case.Hkv, 1) for x in (k, v))
+    s = q @ k.transpose(2, 3) * case.D**-0.5
+    if case.softcap is not None:
+        s = case.softcap * torch.tanh(s / case.softcap)
+    seen = visible(case)
+    s = s.masked_fill(~seen, float("-inf"))
+    if sinks is not None:
+        s = torch.cat([s, sinks.to(s.dtype)[None, :, None, None].expand(case.B, -1, case.S, 1)], 3)
+    empty = s.isinf().all(3, keepdim=True)
+    s = s.masked_fill(empty, 0.0)
+    lse = s.logsumexp(3).masked_fill(empty[..., 0], 0.0)
+    p = s.softmax(3).masked_fill(empty, 0.0)[..., : case.T]
+    if case.dropout:
+        p = p * kept(case) / (1 - case.dropout)
+    return p @ v, lse
+
+
+def visible(case: Case) -> Tensor:
+    """[B or 1, 1, S, T], true where the query sees the key."""
+    j, i = torch.arange(case.T), torch.arange(case.S)[:, None]
+    seen = torch.ones(1, 1, case.S, case.T, dtype=torch.bool)
+    lo, hi = case.bounds()
+    if lo is not None:
+        seen = seen & (j >= lo[:, None, :, None]) & (j < hi[:, None, :, None])
+    if case.causal:
+        seen = seen & (j <= i + case.T - case.S)
+    return seen.to(DEVICE)
+
+
+def in_poison(x: Tensor) -> tuple[Tensor, Tensor]:
+    """A [B, S, H, D] view of x inside a buffer of NaN, and that buffer."""
+    B, H, N, D = x.shape
+    buffer = torch.full((B + 1, N + 3, H + 1, D + 5), float("nan"), dtype=x.dtype, device=DEVICE)
+    view = buffer[:B, 1 : N + 1, :H, 2 : D + 2].transpose(1, 2)
+    view.copy_(x)
+    return view, buffer
+
+
+@dataclass
+class Inputs:
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    grad: Tensor
+    sinks: Tensor | None
+    grad_lse: Tensor | None
+    buffers: list[Tensor]
+
+
+def make(case: Case) -> Inputs:
+    g = torch.Generator().manual_seed(1)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g).to(DEVICE, case.dtype)
+
+    shapes = [(case.Hq, case.S), (case.Hkv, case.T), (case.Hkv, case.T), (case.Hq, case.S)]
+    pairs = [in_poison(draw(case.B, h, n, case.D)) for h, n in shapes]
+    # One sink above every score, one below them all.
+    sinks = torch.linspace(-9, 9, case.Hq).to(DEVICE) if case.sinks else None
+    grad_lse = draw(case.B, case.Hq, case.S).float() if case.dlse else None
+    return Inputs(*(view for view, _ in pairs), sinks, grad_lse, [buffer for _, buffer in pairs])
+
+
+def run(case: Case, x: Inputs) -> dict[str, Tensor]:
+    """Both launchers: out, lse, dq, dk, dv, and dsinks where there are sinks."""
+    lo, hi = (None if b is None else b.to(DEVICE) for b in case.bounds())
+    seed = torch.tensor([SEED], device=DEVICE) if case.dropout else None
+    rest = (case.causal, case.D**-0.5, case.softcap, case.dropout)
+    out, lse = kernel.launch(x.q, x.k, x.v, lo, hi, x.sinks, seed, *rest)
+    dq, dk, dv, dsinks = kernel_backward.launch_backward(
+        x.grad, x.grad_lse, x.q, x.k, x.v, out, lse, lo, hi, x.sinks, seed, *rest
+    )
+    got = {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv, "dsinks": dsinks}
+    if x.sinks is None:
+        assert got.pop("dsinks").shape == (0,)
+    return got
+
+
+def expected(case: Case, x: Inputs, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The same quantities from `plain_attention` computed in dtype, by autograd."""
+    leaves = [t.detach().to(dtype).requires_grad_() for t in (x.q, x.k, x.v)]
+    sinks = None if x.sinks is None else x.sinks.to(dtype).requires_grad_()
+    out, lse = plain_attention(case, *leaves, sinks)
+    loss = (out * x.grad.to(dtype)).sum()
+    if x.grad_lse is not None:
+        loss = loss + (lse * x.grad_lse.to(dtype)).sum()
+    leaves += [] if sinks is None else [sinks]
+    names = ("dq", "dk", "dv", "dsinks")
+    grads = torch.autograd.grad(loss, leaves)
+    return {"out": out.detach(), "lse": lse.detach()} | dict(zip(names, grads, strict=False))
+
+
+@pytest.mark.parametrize("case", PLAIN, ids=str)
+def test_outputs_and_gradients_match_the_float64_oracle(case: Case) -> None:
+    """Error at most twice that of the same PyTorch computation in the inputs' dtype.
+
+    Empty rows give exact zeros, nothing reads the NaN around the inputs, nothing writes there.
+    """
+    x = make(case)
+    before = [b.clone() for b in x.buffers]
+    got, want, same = run(case, x), expected(case, x, torch.float64), expected(case, x, case.dtype)
+    for now, then in zip(x.buffers, before, strict=True):
+        assert torch.equal(now.view(torch.uint8), then.view(torch.uint8))
+    dp = x.grad.double() @ x.v.double().repeat_interleave(case.Hq // case.Hkv, 1).transpose(2, 3)
+    eps32 = torch.finfo(FP32).eps
+    largest_term = dp.abs().max().item() * case.D**-0.5 * x.k.abs().max().item()
+    empty = ~visible(case).any(3).expand(case.B, case.Hq, case.S)
+    if not case.sinks:
+        assert torch.equal(got["lse"] == float("-inf"), empty)
+        got["lse"] = got["lse"].masked_fill(empty, 0.0)
+    assert not got["out"][empty].any()
+    assert not got["dq"][empty].any()
+    for name, value in got.items():
+        assert value.dtype == (FP32 if name in ("lse", "dsinks") else case.dtype)
+        assert value.isfinite().all(), name
+        error = (value.double() - want[name]).abs().max().item()
+        allowed = (same[name].double() - want[name]).abs().max().item()
+        # Where PyTorch happens to be exact: one rounding of the largest value. Gradients also
+        # inherit the float32 rounding of lse, from which they recompute the probabilities, and
+        # that of dout . v - delta, which cancels where one key takes all the weight.
+        largest = want[name].abs().max().item()
+        allowed = max(allowed, torch.finfo(case.dtype).eps * largest)
+        if name.startswith("d"):
+            allowed = max(allowed, eps32 * largest * want["lse"].abs().max().item())
+        if name in ("dq", "dk"):
+            allowed = max(allowed, eps32 * largest_term)
+        assert error <= 2 * allowed, f"{name}: {error:.2e}, PyTorch {allowed:.2e}"
+
+
+def test_gradients_are_bitwise_equal_between_runs() -> None:
+    case = PLAIN[-2]
+    x = make(case)
+    first, second = run(case, x), run(case, x)
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+@pytest.mark.parametrize("tile", [(16, 16), (32, 16), (16, 32)], ids=str)
+def test_dropout_mask_is_philox_whatever_the_tile(
+    tile: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With identities for v and grad_out, out and dv are the dropped probabilities themselves."""
+    use_tiles(monkeypatch, *tile)
+    case = Case(B=2, Hq=2, Hkv=2, S=35, T=35, D=35, dropout=0.4)
+    x = make(case)
+    x.v.copy_(torch.eye(35))
+    x.grad.copy_(torch.eye(35))
+    got = run(case, x)
+    assert torch.equal(got["out"] != 0, kept(case))
+    # dv[j, i] = d_ij p_ij
+    assert torch.equal(got["dv"].transpose(2, 3) != 0, kept(case))
+    want = expected(case, x, torch.float64)
+    torch.testing.assert_close(got["dq"].double(), want["dq"], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(got["dk"].double(), want["dk"], atol=1e-6, rtol=1e-5)
+
+
+def test_numpy_philox_gives_the_known_answer() -> None:
+    """Random123's kat_vectors, philox4x32 10 rounds, counter and key zero."""
+    zero = np.zeros(1, dtype=np.int64)
+    assert philox(0, zero, zero, zero)[0] == 0x6627E8D5
+
+
+@pytest.mark.parametrize("softcap", [0.1, 50.0])
+def test_softcap_keeps_float32_accuracy_from_small_to_saturated_scores(softcap: float) -> None:
+    """lse of a single key is the capped score itself."""
+    raw = torch.cat([torch.logspace(-6, 2.5, 60), -torch.logspace(-6, 2.5, 60)]).to(DEVICE)
+    q = torch.zeros(1, 1, 120, 16, device=DEVICE)
+    q[..., 0] = raw
+    k = torch.zeros(1, 1, 1, 16, device=DEVICE)
+    k[..., 0] = 1.0
+    _, lse = kernel.launch(q, k, k, None, None, None, None, False, 1.0, softcap, 0.0)
+    want = softcap * torch.tanh(raw.double() / softcap)
+    # log2, exp2 and two changes of base round the largest score; tanh itself stays within 2 ulp.
+    error = (lse[0, 0].double() - want).abs()
+    assert (error <= 5e-7 * want.abs()).all()
+
+
+def test_infinite_sink_scores_and_gradient_of_an_empty_row_do_not_spread() -> None:
+    """A sink of -inf acts as none; an empty row's lse gradient, even NaN, reaches nothing."""
+    case = Case(S=20, T=20, mask="random", causal=True, dlse=True)
+    x = make(case)
+    plain = run(case, x)
+    x.grad_lse[:, :, ::5] = float("nan")
+    poisoned = run(case, x)
+    x.sinks = torch.full((2,), float("-inf"), device=DEVICE)
+    with_sink = run(case, x)
+    assert not with_sink.pop("dsinks").any()
+    for name, value in plain.items():
+        assert torch.equal(value, poisoned[name]), name
+        assert torch.equal(value, with_sink[name]), name
+
+
+def test_runs_list_every_tile_that_a_key_block_meets_and_few_others() -> None:
+    """Tiles come in order, once; the mask-free ones are whole; all but the last run are exact."""
+    S, T, M, N = 16 * 12, 16 * 3, 16, 16
+    g = torch.Generator().manual_seed(0)
+    # [rows of bounds, S]: gaps, full tiles and partial ones mixed; then a monotone mask.
+    lo = torch.randint(0, 3, (S // M,), generator=g).repeat_interleave(M) * 16
+    hi = lo + torch.randint(0, 40, (S // M,), generator=g).repeat_interleave(M)
+    window = torch.arange(S) // 6
+    lo, hi = torch.stack([lo, window]).int(), torch.stack([hi, window + 20]).int()
+    lo, hi = lo.to(DEVICE), hi.clamp(max=T).to(DEVICE)
+    row = [lo.view(2, -1, M), hi.view(2, -1, M)]
+    some = (row[0] < row[1]).any(2)
+    least = [torch.where(row[0] < row[1], r, T).amin(2) for r in row]
+    most = [torch.where(row[0] < row[1], r, 0).amax(2) for r in row]
+    tiles = torch.stack([least[0], most[1], most[0], least[1]], 2).int().contiguous()
+    n_n, n_m = T // N, S // M
+    runs = torch.empty(2, n_n, kernel_backward.RUNS, 3, dtype=torch.int32, device=DEVICE)
+    kernel_backward.attention_backward_runs[(2 * n_n,)](
+        tiles, runs, S, T, BLOCK_M=M, BLOCK_N=N, RUNS=kernel_backward.RUNS, SEARCH=4
+    )
+    for b, n in itertools.product(range(2), range(n_n)):
+        meets = some[b] & (least[0][b] < (n + 1) * N) & (most[1][b] > n * N)
+        whole = meets & (most[0][b] <= n * N) & (least[1][b] >= (n + 1) * N)
+        masked, free = [], []
+        for start, middle, end in runs[b, n, :-1].tolist():
+            masked += range(start, middle)
+            free += range(middle, end)
+        exact = sorted(masked + free)
+        assert exact == sorted(set(exact))
+        covered = set(exact)
+        start, middle, end = runs[b, n, -1].tolist()
+        assert middle == end == n_m
+        assert all(meets[m] for m in exact)
+        assert all(whole[m] for m in free)
+        assert not any(whole[m] for m in masked)
+        assert {m for m in range(n_m) if meets[m]} <= covered | set(range(start, n_m))
+        assert b == 0 or start == n_m, "a monotone mask needs no inexact run"
+
+
+def test_kernels_without_their_features_are_not_recompiled_for_a_threshold() -> None:
+    """dropout_p arrives as a signed 32-bit number whatever its value."""
+    from mmopt_kernels.attention.tiles import dropout_scales
+
+    for p in (0.0, 0.1, 0.5, 0.9, 1 - 2**-40):
+        threshold, scale = dropout_scales(p)
+        assert -(2**31) <= threshold < 2**31
+        assert threshold % 2**32 == min(round(p * 2**32), 2**32 - 1)
+        assert math.isclose(scale, 1 / (1 - p))

@@ -1,6 +1,7 @@
 """What the gate measures is each checkout and nothing else, and nothing is left behind."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -38,6 +39,42 @@ def test_each_side_imports_its_own_code(repository: Repository) -> None:
     repository.commit(src__product=work.format(4000))
     report = repository.compare(GateConfig(margin=0.5, sources=(Path("src"),)))
     assert verdicts(report) == {"bench_product": "REGRESSED"}
+
+
+def test_sides_set_up_on_a_core_each_and_are_timed_on_the_same(
+    repository: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = tmp_path / "cores"
+    log.touch()
+    monkeypatch.setenv("CORES_LOG", str(log))
+    suite = """
+import os
+
+def note(what):
+    with open(os.environ["CORES_LOG"], "a") as file:
+        file.write(f"{os.getpid()} {what} {sorted(os.sched_getaffinity(0))}\\n")
+
+note("imported")
+
+def bench_a(benchmark):
+    note("set up")
+    benchmark(note, "timed")
+"""
+    repository.commit(bench__bench_x=suite)
+    repository.commit()
+    repository.compare(SHORT)
+    seen: dict[str, dict[str, list[str]]] = {}
+    for line in log.read_text().splitlines():
+        process, what, cores = re.match(r"(\d+) (.*) \[(.*)\]", line).groups()
+        seen.setdefault(process, {}).setdefault(what, []).append(cores)
+    base, head = [notes for notes in seen.values() if "timed" in notes]
+    last = sorted(os.sched_getaffinity(0))[-2:]
+    assert sorted(base["set up"] + head["set up"]) == sorted(map(str, last))
+    for notes in (base, head):
+        assert notes["imported"] == notes["set up"]
+        *timed, after = notes["timed"]  # the last call is for the test's own assertions
+        assert {*timed} == {str(last[-1])}
+        assert [after] == notes["set up"]
 
 
 def test_code_from_outside_the_checkout_is_refused(

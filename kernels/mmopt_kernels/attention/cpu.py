@@ -106,10 +106,10 @@ def forward(
     softcap: float | None,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
-    lower, upper = _bounds(q, k, lo, hi, causal)
     if softcap is None and seed is None:
-        out, lse = _flash_forward(q, k, v, lower, upper, scale)
+        out, lse = _flash_forward(q, k, v, lo, hi, causal, scale)
     else:
+        lower, upper = _bounds(q, k, lo, hi, causal)
         out, lse = _written_forward(q, k, v, lower, upper, seed, scale, softcap, dropout_p)
     if sinks is not None:
         # One more term in the normalizer: the probabilities shrink by what it takes.
@@ -137,15 +137,15 @@ def backward(
     softcap: float | None,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    lower, upper = _bounds(q, k, lo, hi, causal)
     if softcap is None and seed is None and grad_lse is None:
         # With sinks too: the kernel recomputes p = exp(s - lse) and takes grad_out . out for
         # delta, and both hold for any lse and out that include the sink. Its other terms are the
         # keys' alone.
-        grads = _flash_backward(grad_out, q, k, v, out, lse, lower, upper, scale)
+        grads = _flash_backward(grad_out, q, k, v, out, lse, lo, hi, causal, scale)
         if sinks is None:
             return *grads, lse.new_empty(0)
         return *grads, sinks_backward(sinks, _delta(grad_out, out, None), lse)
+    lower, upper = _bounds(q, k, lo, hi, causal)
     delta = _delta(grad_out, out, grad_lse)
     grads = _written_backward(
         grad_out, delta, q, k, v, lse, lower, upper, seed, scale, softcap, dropout_p
@@ -173,16 +173,28 @@ def _delta(grad_out: Tensor, out: Tensor, grad_lse: Tensor | None) -> Tensor:
 # PyTorch's kernel
 
 
-def _maskless(lower: Tensor, upper: Tensor, T: int) -> str | None:
+def _maskless(
+    q: Tensor, k: Tensor, lo: Tensor | None, hi: Tensor | None, causal: bool
+) -> str | None:
     """``"full"`` or ``"causal"`` where PyTorch's kernel needs no mask."""
+    S, T = q.shape[2], k.shape[2]
+    # PyTorch aligns its causal mask at the top left: the same only for S == T.
+    if lo is None and hi is None:
+        # The last query of a causal mask sees every key.
+        return "full" if not causal or S == 1 else "causal" if S == T else None
+    lower, upper = _bounds(q, k, lo, hi, causal)
     if lower.any():
         return None
     if int(upper.min()) == T:
         return "full"
-    # PyTorch aligns its causal mask at the top left: the same only for S == T.
-    S = upper.shape[1]
     diagonal = torch.arange(1, S + 1, dtype=torch.int32)
     return "causal" if S == T and torch.equal(upper, diagonal.expand_as(upper)) else None
+
+
+def _is_all(block: Block, q: Tensor) -> bool:
+    """Whether the block has every row: then what PyTorch's kernel returns is the result."""
+    B, S = q.shape[0], q.shape[2]
+    return block.sequences.indices(B) == (0, B, 1) and block.rows.indices(S) == (0, S, 1)
 
 
 def _additive(hidden: Tensor | None, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
@@ -195,15 +207,20 @@ def _additive(hidden: Tensor | None, dtype: torch.dtype) -> tuple[Tensor | None,
 
 
 def _flash_forward(
-    q: Tensor, k: Tensor, v: Tensor, lower: Tensor, upper: Tensor, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lo: Tensor | None,
+    hi: Tensor | None,
+    causal: bool,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
-    T = k.shape[2]
-    maskless = _maskless(lower, upper, T)
+    maskless = _maskless(q, k, lo, hi, causal)
     if maskless is not None:
         return _forward(q, k, v, 0.0, maskless == "causal", scale=scale)  # type: ignore[no-any-return]
-    out = _zeros_heads_last(q)
-    lse = _wide(q.new_empty(0)).new_full(q.shape[:3], float("-inf"))
-    for block in _blocks(lower, upper, T, 1, MASK_ELEMENTS, MASK_ROWS):
+    out = lse = None
+    bounds = _bounds(q, k, lo, hi, causal)
+    for block in _blocks(*bounds, k.shape[2], 1, MASK_ELEMENTS, MASK_ROWS):
         n, rows, keys = block.sequences, block.rows, block.keys
         mask, empty = _additive(block.hidden, q.dtype)
         b_out, b_lse = _forward(
@@ -212,8 +229,17 @@ def _flash_forward(
         if empty is not None:
             b_out = b_out.masked_fill(empty[..., None], 0.0)
             b_lse = b_lse.masked_fill(empty, float("-inf"))
+        if _is_all(block, q):
+            return b_out, b_lse
+        if out is None or lse is None:
+            out, lse = _nothing_seen(q)
         out[n, :, rows], lse[n, :, rows] = b_out, b_lse
-    return out, lse
+    return _nothing_seen(q) if out is None or lse is None else (out, lse)
+
+
+def _nothing_seen(q: Tensor) -> tuple[Tensor, Tensor]:
+    """Out and lse of rows that see no key."""
+    return _zeros_heads_last(q), _wide(q.new_empty(0)).new_full(q.shape[:3], float("-inf"))
 
 
 def _flash_backward(
@@ -223,20 +249,19 @@ def _flash_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    lower: Tensor,
-    upper: Tensor,
+    lo: Tensor | None,
+    hi: Tensor | None,
+    causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    T = k.shape[2]
-    maskless = _maskless(lower, upper, T)
+    maskless = _maskless(q, k, lo, hi, causal)
     if maskless is not None:
         return _backward(  # type: ignore[no-any-return]
             grad_out, q, k, v, out, lse, 0.0, maskless == "causal", scale=scale
         )
-    dq = _zeros_heads_last(q)
-    # Sums over blocks, so wider than the 16-bit inputs.
-    dk, dv = _zeros_heads_last(_wide(k)), _zeros_heads_last(_wide(v))
-    for block in _blocks(lower, upper, T, 1, MASK_ELEMENTS, MASK_ROWS):
+    sums = None
+    bounds = _bounds(q, k, lo, hi, causal)
+    for block in _blocks(*bounds, k.shape[2], 1, MASK_ELEMENTS, MASK_ROWS):
         n, rows, keys = block.sequences, block.rows, block.keys
         mask, empty = _additive(block.hidden, q.dtype)
         b_grad, b_lse = grad_out[n, :, rows], lse[n, :, rows]
@@ -248,10 +273,19 @@ def _flash_backward(
             b_grad, q[n, :, rows], k[n, :, keys], v[n, :, keys], out[n, :, rows], b_lse,
             0.0, False, attn_mask=mask, scale=scale,
         )  # fmt: skip
+        if _is_all(block, q) and b_dk.shape == k.shape:
+            return b_dq, b_dk, b_dv
+        dq, dk, dv = sums = sums or _no_gradients(q, k, v)
         dq[n, :, rows] = b_dq
         dk[n, :, keys] += b_dk
         dv[n, :, keys] += b_dv
+    dq, dk, dv = sums or _no_gradients(q, k, v)
     return dq, dk.to(k.dtype), dv.to(v.dtype)
+
+
+def _no_gradients(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Zeros to write dq to and to add up dk and dv in, wider than 16-bit inputs."""
+    return _zeros_heads_last(q), _zeros_heads_last(_wide(k)), _zeros_heads_last(_wide(v))
 
 
 # Written out. The heads that share a key head are folded into its rows, which makes grouped
@@ -350,7 +384,7 @@ def _written_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     Hq, Hkv = q.shape[1], k.shape[1]
     kw, vw = _wide(k), _wide(v)
-    dq, dk, dv = _zeros_heads_last(q), _zeros_heads_last(kw), _zeros_heads_last(vw)
+    dq, dk, dv = _no_gradients(q, k, v)
     for block in _written_blocks(q, k, lower, upper):
         n, rows, keys = block.sequences, block.rows, block.keys
         # [n, Hkv, R, D] twice, [n, Hkv, R, 1] twice

@@ -1,7 +1,11 @@
-"""Whether Triton can run here, asked without importing it."""
+"""Whether Triton can run here and for which target, asked without importing it."""
 
+import functools
 import importlib.util
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 
@@ -32,9 +36,50 @@ def require(op: str, device: torch.device) -> None:
         )
 
 
+# Set while kernels are compiled for a target that this machine need not have.
+_ASSUMED: ContextVar[str | None] = ContextVar("_ASSUMED", default=None)
+
+INTERPRETER = "interpreter"
+
+
+def target(device: torch.device) -> str:
+    """What kernels are built for on ``device``: ``"sm_90"``, ``"gfx942"``, ``"interpreter"``.
+
+    Tiles are chosen by it. `assuming` overrides it.
+    """
+    assumed = _ASSUMED.get()
+    if assumed is not None:
+        return assumed
+    if device.type != "cuda":
+        return INTERPRETER
+    return _target_of(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@functools.cache
+def _target_of(index: int) -> str:
+    if torch.version.hip is not None:
+        # "gfx942:sramecc+:xnack-"
+        name: str = torch.cuda.get_device_properties(index).gcnArchName
+        return name.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(index)
+    return f"sm_{major}{minor}"
+
+
+@contextmanager
+def assuming(target: str) -> Iterator[None]:
+    """Launchers inside choose what they would on ``target``, whatever this machine has."""
+    token = _ASSUMED.set(target)
+    try:
+        yield
+    finally:
+        _ASSUMED.reset(token)
+
+
 def dot_precision() -> str:
     """How ``tl.dot`` treats float32: as PyTorch's own matmuls are set to on this machine."""
-    if torch.version.hip is None and torch.get_float32_matmul_precision() != "highest":
+    assumed = _ASSUMED.get()
+    hip = torch.version.hip is not None if assumed is None else assumed.startswith("gfx")
+    if not hip and torch.get_float32_matmul_precision() != "highest":
         return "tf32"
     return "ieee"
 

@@ -272,7 +272,9 @@ def _write_model(
     if precision == "fp32":
         return None, stages
     with progress("quantize", None):
-        recipe = quantize_int8(full, model)
+        # Sentences where there are any: random ids make other activations than language does.
+        sentences = [sample.feeds for sample in samples if sample.kind == "text"]
+        recipe = quantize_int8(full, model, sentences or [sample.feeds for sample in samples])
     full.unlink()
     full.with_name(f"{full.name}.data").unlink()
     hold(precision, model, optimize=True)

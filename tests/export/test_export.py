@@ -55,7 +55,7 @@ def test_int8_artifact_runs_integer_matmuls_and_stays_close(artifact: Path) -> N
     graph = onnx.load(artifact / "model.onnx").graph
     manifest = read_manifest(artifact)
     assert manifest.quantization is not None
-    count = sum(node.op_type == "MatMulInteger" for node in graph.node)
+    count = sum(node.op_type in ("MatMulInteger", "MatMulNBits") for node in graph.node)
     assert count == manifest.quantization["matmuls"] > 0
     report = verify(artifact)
     assert report.exit_code == 0

@@ -13,7 +13,7 @@ from rich.console import Group, RenderableType
 
 from mmopt_export.adapters import adapter_scales, merge_adapter
 from mmopt_export.checkpoint import Checkpoint, load_checkpoint, weights_sha256
-from mmopt_export.files import require_new_folder, require_space, staged_folder
+from mmopt_export.files import require_new_folder, require_space, sha256, staged_folder
 from mmopt_export.graph import require_text_classifier, tensor_specs, text_inputs, trace
 from mmopt_export.manifest import FileRecord, Manifest, Source, record_files
 from mmopt_export.parity import (
@@ -90,7 +90,7 @@ def export(
         target: a name of `mmopt_export.providers.TARGETS`.
         precision: one that the target has.
         calibration: JSON Lines with a `text` per line, on which parity is measured as well;
-            quantized artifacts are then gated on them.
+            quantized artifacts are then gated on them, and their quantization fitted to them.
 
     Raises:
         InputError: bad input, before anything is written (exit 2).
@@ -100,6 +100,7 @@ def export(
     destination.require_precision(precision)
     require_new_folder(output)
     texts = read_texts(calibration).texts[:_MAX_TEXTS] if calibration else []
+    fitted = {"texts": len(texts), "sha256": sha256(calibration)} if calibration else None
 
     with progress("load model", None):
         checkpoint = load_checkpoint(model, adapters=adapters)
@@ -117,6 +118,8 @@ def export(
         _write_tokenizer(checkpoint.tokenizer, folder, max_length)
         samples = list(_samples(classifier, checkpoint.tokenizer, inputs, texts, max_length))
         recipe, stages = _write_model(graph, folder, destination, precision, samples, progress)
+        if recipe is not None:
+            recipe["calibration"] = fitted
         write_parity(folder, stages, samples)
         holds = all(stage.holds for stage in stages if stage.gates)
         labels = classifier.config.id2label

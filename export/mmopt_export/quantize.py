@@ -18,7 +18,7 @@ from mmopt_kernels.errors import MmoptError
 # input, is above this. In the demo's classifier the inputs after normalizations and in attention
 # are at 0.02 to 0.04, and those of feed-forward blocks, whose few large values stretch the scale,
 # at 0.05 to 0.1. Giving these 9 of 24 matmuls blocks takes the predictions that int8 changes from
-# 3.8% to 1.4% and the time from 0.44 to 0.55 of fp32's; blocks for all 24 leave 1.6% and cost 0.69
+# 3.8% to 1.4% and the time from 0.43 to 0.55 of fp32's; blocks for all 24 leave 1.6% and cost 0.69
 # (AMD EPYC with AVX512-VNNI, one thread, 8 x 64 tokens; docs/lab-notes.md).
 MAX_NOISE = 0.05
 # Values that share a scale in a block: the widest that ONNX Runtime's kernel takes is 256, and 128

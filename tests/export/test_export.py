@@ -1,6 +1,7 @@
 """Exports of a small real classifier with an adapter, held against PyTorch."""
 
 import dataclasses
+import hashlib
 import json
 import shutil
 import subprocess
@@ -51,12 +52,14 @@ def test_the_adapter_changes_the_logits(classifier: Path, adapter: Path, texts: 
     assert np.abs(with_adapter - without).max() > 0.05
 
 
-def test_int8_artifact_runs_integer_matmuls_and_stays_close(artifact: Path) -> None:
+def test_int8_artifact_runs_integer_matmuls_and_stays_close(artifact: Path, texts: Path) -> None:
     graph = onnx.load(artifact / "model.onnx").graph
     manifest = read_manifest(artifact)
     assert manifest.quantization is not None
     count = sum(node.op_type in ("MatMulInteger", "MatMulNBits") for node in graph.node)
     assert count == manifest.quantization["matmuls"] > 0
+    digest = hashlib.sha256(texts.read_bytes()).hexdigest()
+    assert manifest.quantization["calibration"] == {"texts": 50, "sha256": digest}
     report = verify(artifact)
     assert report.exit_code == 0
     assert all(stage.cosine is not None and stage.cosine > 0.99 for stage in report.stages)

@@ -13,7 +13,7 @@ from mmopt_kernels.attention.intervals import Intervals
 from mmopt_kernels.attention.ops import DTYPES, IMPLS  # registers the op too
 from mmopt_kernels.errors import KernelInputError
 
-Impl = Literal["auto", "reference", "cpu", "triton"]
+Impl = Literal["auto", "reference", "cpu", "triton", "sdpa"]
 
 
 @overload
@@ -93,13 +93,16 @@ def attention(
             the same for every ``impl``. None draws one from torch's generator of that device, so
             ``torch.manual_seed`` governs it and checkpointing replays it. Ignored without dropout,
             so that one call serves training and evaluation.
-        deterministic: promise bitwise equal results from call to call. No implementation needs
-            to work differently for it; a dropout whose seed is drawn cannot, and is refused.
+        deterministic: promise bitwise equal results from call to call, gradients included. Only
+            PyTorch's CUDA kernels could break it, and run no backward then; a dropout whose seed
+            is drawn cannot keep it, and is refused.
         return_lse: also return the log-sum-exp of each row's scores, the sink's included.
         impl: ``"auto"``; ``"reference"`` (plain PyTorch, any device); ``"cpu"`` (blocks of rows,
             in PyTorch's CPU flash kernel where that can do it); ``"triton"`` (a GPU, or the CPU
-            under ``TRITON_INTERPRET=1``; float16, bfloat16, float32 with ``D <= 256``). Only
-            ``"auto"`` chooses by what can run.
+            under ``TRITON_INTERPRET=1``; float16, bfloat16, float32 with ``D <= 256``);
+            ``"sdpa"`` (PyTorch's CUDA kernels: no intervals, softcap, sinks, dropout or gradient
+            of lse, and causal only for ``S`` equal to ``T`` or 1). Only ``"auto"`` chooses by
+            what can run and by which is faster.
 
     Returns:
         ``[B, Hq, S, D]`` in the dtype of ``q``, stored as ``[B, S, Hq, D]`` so that
@@ -133,6 +136,7 @@ def attention(
         q.shape[-1] ** -0.5 if scale is None else float(scale),
         None if softcap is None else float(softcap),
         float(dropout_p),
+        deterministic,
         impl,
     )
     return (out, lse) if return_lse else out

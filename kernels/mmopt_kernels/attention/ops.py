@@ -9,11 +9,11 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from mmopt_kernels import _triton
-from mmopt_kernels.attention import cpu
+from mmopt_kernels.attention import cpu, dispatch
 from mmopt_kernels.attention.reference import reference, reference_backward
 from mmopt_kernels.errors import KernelInputError
 
-IMPLS = ("auto", "reference", "cpu", "triton")
+IMPLS = ("auto", "reference", "cpu", "triton", "sdpa")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 # The widest head with a tile in kernel.config; wider ones would spill the accumulator.
@@ -22,7 +22,7 @@ TRITON_MAX_HEAD_DIM = 256
 torch.library.define(
     "mmopt::attention",
     "(Tensor q, Tensor k, Tensor v, Tensor? lo, Tensor? hi, Tensor? sinks, Tensor? seed,"
-    " bool causal, float scale, float? softcap, float dropout_p, str impl)"
+    " bool causal, float scale, float? softcap, float dropout_p, bool deterministic, str impl)"
     " -> (Tensor out, Tensor lse)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
@@ -30,7 +30,7 @@ torch.library.define(
     "mmopt::attention_backward",
     "(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
     " Tensor? lo, Tensor? hi, Tensor? sinks, Tensor? seed, bool causal, float scale,"
-    " float? softcap, float dropout_p, str impl)"
+    " float? softcap, float dropout_p, bool deterministic, str impl)"
     " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dsinks)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
@@ -62,6 +62,46 @@ def _resolve(impl: str, q: Tensor, k: Tensor) -> str:
                 "Cast q, k and v, or pass impl='reference'."
             )
     return impl
+
+
+def _sdpa(
+    step: str,
+    impl: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    others: tuple[Tensor | float | None, ...],
+    causal: bool,
+    deterministic: bool,
+) -> str | None:
+    """Which of PyTorch's CUDA kernels to run, None for an implementation of this package.
+
+    ``others`` are what makes a call more than plain: bounds, sinks, seed, softcap and, in
+    backward, the gradient of lse.
+    """
+    plain = all(x is None for x in others)
+    if impl == "auto" and q.device.type == "cuda" and plain:
+        return dispatch.fastest(step, q, k, v, causal, deterministic)
+    if impl != "sdpa":
+        return None
+    if q.device.type != "cuda":
+        raise KernelInputError(
+            f"attention: impl is 'sdpa' and q is on {q.device}, expected tensors on a GPU. "
+            "Move them, or leave impl out."
+        )
+    if not plain or deterministic:
+        raise KernelInputError(
+            "attention: impl is 'sdpa', expected a call without intervals, sinks, softcap, "
+            "dropout, deterministic or a gradient of lse, which PyTorch's kernels do not have. "
+            "Leave impl out."
+        )
+    name, reasons = dispatch.first_able(q, k, v, causal)
+    if name is None:
+        raise KernelInputError(
+            "attention: impl is 'sdpa', expected a call that one of PyTorch's kernels can take "
+            f"({reasons}). Leave impl out."
+        )
+    return name
 
 
 def _unit_last_stride(x: Tensor) -> Tensor:
@@ -96,6 +136,7 @@ def _attention_fake(
     scale: float,
     softcap: float | None,
     dropout_p: float,
+    deterministic: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     return _empty_heads_last(q), q.new_empty(q.shape[:3], dtype=_lse_dtype(q))
@@ -114,15 +155,24 @@ def _attention(
     scale: float,
     softcap: float | None,
     dropout_p: float,
+    deterministic: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    chosen = _resolve(impl, q, k)
     q, k, v = _unit_last_stride(q), _unit_last_stride(k), _unit_last_stride(v)
+    others = (lo, hi, sinks, seed, softcap)
+    backend = _sdpa("forward", impl, q, k, v, others, causal, deterministic)
+    if backend is not None:
+        out, lse = dispatch.forward(backend, q, k, v, causal, scale)
+        return _heads_last(out), lse.contiguous()
+    chosen = _resolve(impl, q, k)
     args = (q, k, v, lo, hi, sinks, seed, causal, scale, softcap, dropout_p)
     if chosen == "triton":
-        from mmopt_kernels.attention.kernel import launch  # first Triton import
+        # The first import of Triton.
+        from mmopt_kernels.attention import kernel, kernel_decode
 
-        return launch(*args)
+        if kernel_decode.uses_decode(q, k, dropout_p):
+            return kernel_decode.launch_decode(*args)
+        return kernel.launch(*args)
     if chosen == "cpu" and cpu.supported(q, k):
         out, lse = cpu.forward(*args)
     else:
@@ -147,6 +197,7 @@ def _attention_backward_fake(
     scale: float,
     softcap: float | None,
     dropout_p: float,
+    deterministic: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dsinks = lse.new_empty(0) if sinks is None else torch.empty_like(sinks)
@@ -170,11 +221,20 @@ def _attention_backward(
     scale: float,
     softcap: float | None,
     dropout_p: float,
+    deterministic: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    chosen = _resolve(impl, q, k)
     q, k, v = _unit_last_stride(q), _unit_last_stride(k), _unit_last_stride(v)
     grad_out, out = _unit_last_stride(grad_out), _unit_last_stride(out)
+    others = (lo, hi, sinks, seed, softcap, grad_lse)
+    backend = _sdpa("backward", impl, q, k, v, others, causal, deterministic)
+    if backend is not None:
+        # Out comes from the forward as is; cuDNN wants its gradient laid out like it.
+        dq, dk, dv = dispatch.backward(
+            backend, _heads_last(grad_out), q, k, v, _heads_last(out), lse, causal, scale
+        )
+        return _heads_last(dq), _heads_last(dk), _heads_last(dv), lse.new_empty(0)
+    chosen = _resolve(impl, q, k)
     inputs = (grad_out, grad_lse, q, k, v, out, lse, lo, hi, sinks, seed)
     if chosen == "triton":
         from mmopt_kernels.attention.kernel_backward import launch_backward
@@ -202,8 +262,8 @@ def _differentiate(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -
     *grads, dsinks = torch.ops.mmopt.attention_backward(
         grad_out, grad_lse, q, k, v, out, lse, lo, hi, sinks, seed, *ctx.options
     )
-    # Of q, k, v, lo, hi, sinks, seed, causal, scale, softcap, dropout_p and impl.
-    return (*grads, None, None, None if sinks is None else dsinks, *[None] * 6)
+    # Of q, k, v, lo, hi, sinks, seed, and the options.
+    return (*grads, None, None, None if sinks is None else dsinks, None, *[None] * len(ctx.options))
 
 
 torch.library.register_autograd("mmopt::attention", _differentiate, setup_context=_save)

@@ -1,125 +1,92 @@
-"""Attention on this machine's CPU: mmopt::attention beside SDPA, forward and forward + backward.
+"""Attention on this machine's CPU: mmopt::attention beside SDPA and FlexAttention.
 
 Groups put the peers of one case side by side. Exact: what mmopt's op needs beyond its inputs.
+`mmopt bench run bench/bench_attention.py` runs all of it; the quick pass leaves out the longer
+cases, and FlexAttention, which takes seconds to compile for each.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from attention_cases import (
+    CPU_PEERS,
+    CPU_QUICK,
+    CPU_SLOW,
+    Case,
+    Unavailable,
+    backward,
+    forward,
+    mmopt,
+    runnable,
+)
 
 from mmopt.measure.memory import peak_tensor_bytes
-from mmopt_kernels import Intervals, attention
+
+QUICK_PEERS = ("mmopt", "sdpa", "sdpa-mask")
 
 
-@dataclass(frozen=True)
-class Case:
-    name: str
-    B: int
-    Hq: int
-    Hkv: int
-    S: int
-    T: int
-    D: int = 64
-    dtype: torch.dtype = torch.float32
-    padded: bool = False
+def rows(direction: str) -> list[Any]:
+    """Every case with every peer that has its mask; `slow` what the quick pass leaves out."""
+    found = []
+    for case in (*CPU_QUICK, *CPU_SLOW):
+        for peer in CPU_PEERS:
+            without_mask = case.mask in ("full", "causal")
+            if direction != "forward" and (not case.trains or peer == "flex"):
+                continue  # torch has no backward of FlexAttention on the CPU
+            if (peer == "sdpa" and not without_mask) or (
+                peer == "sdpa-mask" and case.mask == "full"
+            ):
+                continue
+            name = f"{case.name}-{peer}"
+            if case in CPU_QUICK and peer in QUICK_PEERS:
+                found.append(pytest.param(case, peer, id=name))
+            else:
+                # The gate leaves out what is named so: it knows names, not marks.
+                found.append(pytest.param(case, peer, id=f"long-{name}", marks=pytest.mark.slow))
+    return found
 
 
-CASES = [
-    Case("prefill", 1, 8, 8, 256, 256),
-    Case("prefill-gqa-bf16", 1, 8, 2, 256, 256, dtype=torch.bfloat16),
-    Case("padded-batch", 4, 8, 8, 128, 128, padded=True),
-    Case("decode", 1, 8, 2, 1, 512),
+def measure(benchmark: Any, case: Case, peer: str, direction: str) -> None:
+    benchmark.extra_info |= {"threads": torch.get_num_threads(), "case": str(case)}
+    try:
+        call = runnable(case, CPU_PEERS[peer], direction, "cpu")
+    except Unavailable as reason:
+        pytest.skip(str(reason))
+    benchmark(call)
+
+
+@pytest.mark.parametrize(("case", "peer"), rows("forward"))
+def bench_attention_forward(benchmark: Any, case: Case, peer: str) -> None:
+    # Times the op and the layout its caller wants next; inputs and masks are made before.
+    benchmark.group = f"attention forward {case.name}"
+    measure(benchmark, case, peer, "forward")
+
+
+@pytest.mark.parametrize(("case", "peer"), rows("forward+backward"))
+def bench_attention_backward(benchmark: Any, case: Case, peer: str) -> None:
+    # Times forward and backward together, as a training step runs them.
+    benchmark.group = f"attention forward+backward {case.name}"
+    measure(benchmark, case, peer, "forward+backward")
+
+
+# float32 only: for bfloat16 the kernel's buffers depend on the processor's matrix instructions. Of
+# the longer cases those with a mask of their own, at a length and at twice that.
+EXACT = [
+    case
+    for case in (*CPU_QUICK, *CPU_SLOW)
+    if case.dtype is torch.float32
+    and (case in CPU_QUICK or case.name.startswith(("images", "packed", "sliding")))
 ]
 
 
-NAME = operator.attrgetter("name")
-
-
-def tensors(case: Case) -> list[Tensor]:
-    g = torch.Generator().manual_seed(0)
-    shapes = [(case.S, case.Hq), (case.T, case.Hkv), (case.T, case.Hkv)]
-    return [
-        torch.randn(case.B, n, h, case.D, generator=g)
-        .to(case.dtype)
-        .transpose(1, 2)
-        .requires_grad_()
-        for n, h in shapes
-    ]
-
-
-def mmopt(case: Case) -> Callable[..., Tensor]:
-    if not case.padded:
-        return lambda q, k, v: attention(q, k, v, causal=True)
-    lengths = torch.linspace(case.T // 2, case.T, case.B).int()
-    intervals = Intervals.key_padding(lengths, case.S, T=case.T)
-    return lambda q, k, v: attention(q, k, v, intervals=intervals, causal=True)
-
-
-def sdpa(case: Case) -> Callable[..., Tensor]:
-    options: dict[str, Any] = {"enable_gqa": case.Hq != case.Hkv}
-    if case.padded:
-        # As Hugging Face does: one dense mask for all layers, built outside the op.
-        lengths = torch.linspace(case.T // 2, case.T, case.B).int()
-        keep = torch.arange(case.T) < lengths[:, None]
-        seen = torch.ones(case.S, case.T, dtype=torch.bool).tril(case.T - case.S)
-        options["attn_mask"] = keep[:, None, None, :] & seen
-    else:
-        options["is_causal"] = case.S == case.T
-    return lambda q, k, v: scaled_dot_product_attention(q, k, v, **options)
-
-
-def forward(case: Case, peer: str) -> Callable[[], Tensor]:
-    q, k, v = tensors(case)
-    op = PEERS[peer](case)
-
-    def call() -> Tensor:
-        with torch.no_grad():
-            return op(q, k, v).transpose(1, 2).contiguous()
-
-    return call
-
-
-def backward(case: Case, peer: str) -> Callable[[], tuple[Tensor, ...]]:
-    qkv = tensors(case)
-    op = PEERS[peer](case)
-    grad = torch.randn(case.B, case.S, case.Hq, case.D, dtype=case.dtype)
-    return lambda: torch.autograd.grad(op(*qkv).transpose(1, 2).contiguous(), qkv, grad)
-
-
-PEERS = {"mmopt": mmopt, "sdpa": sdpa}
-
-
-@pytest.mark.parametrize("peer", PEERS)
-@pytest.mark.parametrize("case", CASES, ids=NAME)
-def bench_attention_forward(benchmark: Any, case: Case, peer: str) -> None:
-    # Times the op and the layout its caller wants next; inputs and masks are made above.
-    benchmark.group = f"attention forward {case.name}"
-    benchmark.extra_info |= {"threads": torch.get_num_threads(), "case": str(case)}
-    benchmark(forward(case, peer))
-
-
-@pytest.mark.parametrize("peer", PEERS)
-@pytest.mark.parametrize("case", [c for c in CASES if c.S > 1], ids=NAME)
-def bench_attention_backward(benchmark: Any, case: Case, peer: str) -> None:
-    # Times forward and backward together: backward alone cannot run twice on one graph.
-    benchmark.group = f"attention forward+backward {case.name}"
-    benchmark.extra_info |= {"threads": torch.get_num_threads(), "case": str(case)}
-    benchmark(backward(case, peer))
-
-
-# float32 only: for bfloat16 the kernel's buffers depend on the processor's matrix instructions.
-@pytest.mark.parametrize("case", [c for c in CASES if c.dtype is torch.float32], ids=NAME)
+@pytest.mark.parametrize("case", EXACT, ids=operator.attrgetter("name"))
 def exact_attention_memory(figures: Any, case: Case) -> None:
-    call = forward(case, "mmopt")
-    figures.record("forward peak tensor bytes", peak_tensor_bytes(call), unit="bytes")
-    if case.S > 1:
-        both = peak_tensor_bytes(backward(case, "mmopt"))
+    op = mmopt(case, "cpu")
+    figures.record("forward peak tensor bytes", peak_tensor_bytes(forward(case, op)), unit="bytes")
+    if case.trains:
+        both = peak_tensor_bytes(backward(case, op))
         figures.record("forward+backward peak tensor bytes", both, unit="bytes")

@@ -28,7 +28,7 @@ def compiled(model: Any, _batch: Any, _mode: str) -> Any:
 
 
 def attached(model: Any, batch: Any, mode: Any) -> Any:
-    mmopt.optimize(model, training=mode == "train")
+    mmopt.optimize(model)
     return mmopt.compile(model, batch, mode=mode)
 
 
@@ -94,7 +94,7 @@ def exact_attached(figures: Any, tiny_bert: Any) -> None:
 def exact_compiled(figures: Any, tiny_bert: Any, mode: Any) -> None:
     model = tiny_bert.adapted().train(mode == "train")
     batch = tiny_bert.batch(ROWS, LENGTH)
-    mmopt.optimize(model, training=mode == "train")
+    mmopt.optimize(model)
     run = mmopt.compile(model, batch, mode=mode, allow_breaks=True)
 
     def step(length: int) -> Callable[[], object]:

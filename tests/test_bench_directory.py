@@ -13,6 +13,7 @@ from types import ModuleType
 import pytest
 import torch
 
+from mmopt.measure.gate.config import read_config
 from mmopt.measure.suites.collection import PYTEST_OPTIONS
 from mmopt.measure.suites.figures import read_figures
 from mmopt.measure.suites.run import run_suites
@@ -80,8 +81,21 @@ def test_the_quick_pass_is_everything_but_slow_and_gpu(ids: list[str]) -> None:
     quick = collected("-m", "quick")
     left_out = set(ids) - set(quick)
     assert quick
-    assert {one.partition("[")[0] for one in left_out if "bench_gpu" not in one} == {
-        "bench/bench_export.py::bench_export"
+    slow = {one for one in left_out if "bench_gpu" not in one}
+    long = {one for one in slow if "[long-" in one}
+    assert {one.partition("[")[0] for one in slow - long} == {"bench/bench_export.py::bench_export"}
+    assert {one.partition("::")[0] for one in long} == {"bench/bench_attention.py"}
+    assert not any("[long-" in one for one in quick)
+
+
+def test_the_gate_times_our_own_quick_benchmarks_alone(ids: list[str]) -> None:
+    """It knows names, not marks."""
+    skip = read_config(ROOT, None).skips
+    timed = {one for one in ids if "::bench_" in one and not skip(one)}
+    assert timed == {
+        one
+        for one in collected("-m", "quick")
+        if "::bench_" in one and re.search(r"mmopt|addmm|bench_serve|bench_export", one)
     }
 
 
@@ -170,9 +184,11 @@ def test_samples_of_our_timers_reach_pytest_benchmark_unchanged(
 ) -> None:
     """The GPU suite hands its samples over through a clock; here with samples made up."""
     (tmp_path / "bench_replayed.py").write_text(
-        "import importlib.util\n"
+        "import importlib.util, sys\n"
         f"spec = importlib.util.spec_from_file_location('gpu', {str(BENCH / 'bench_gpu.py')!r})\n"
         "gpu = importlib.util.module_from_spec(spec)\n"
+        f"sys.path.insert(0, {str(BENCH)!r})\n"  # where it finds its neighbour
+        "sys.modules['gpu'] = gpu\n"  # where its dataclass looks itself up
         "spec.loader.exec_module(gpu)\n"
         "import pytest\n"
         "pytestmark = pytest.mark.benchmark(timer=gpu.CLOCK)\n"

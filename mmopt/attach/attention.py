@@ -6,37 +6,33 @@ key per query, once per forward. As an attention function it hands those to the 
 only the second would make transformers drop the mask without a word.
 """
 
+import ast
+import inspect
+import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from mmopt.attach.report import Row
 from mmopt_kernels import Intervals, attention
+from mmopt_kernels.attention.bounds import reduce_rows
 from mmopt_kernels.errors import InputError
 
 NAME = "mmopt"
 OP = "mmopt::attention"
 
-# How much of the mask exists at once in eager mode, in elements. Each costs a bool and two int32,
-# so 2**22 is some 40 MB, however long the sequence.
-_BLOCK_ELEMENTS = 2**22
-
 # Where a tower remembers what `undo` restores. On the module, not on its config: attributes of a
 # config are written to config.json.
 _FORMER = "_mmopt_former_attention"
 
-# Every name that transformers' configs have for the probability of attention dropout.
-_DROPOUT_FIELDS = (
-    "attention_dropout",
-    "attention_drop_rate",
-    "attention_probs_dropout_prob",
-    "attn_drop_rate",
-    "attn_dropout",
-    "attn_dropout_p",
-    "attn_pdrop",
-)
+# What a model may hand to its attention function beyond what every one of them does (dropout,
+# softcap, sinks), and the op has not: a score added to each pair, keys picked one by one
+# (DeepSeek-V3.2's sparse attention), sinks by another name with another meaning (Inkling).
+_NOT_IN_THE_OP = ("position_bias", "indices", "block_indices", "sinks")
 
 _SDPA = (
     "For this model use impl='sdpa': model.set_attn_implementation('sdpa'), or undo() the report "
@@ -49,15 +45,12 @@ NOT_INTERVALS = (
 )
 
 
-def attach_attention(
-    model: nn.Module, base: Any, *, training: bool
-) -> tuple[list[Row], Callable[[], None]]:
+def attach_attention(model: nn.Module, base: Any) -> tuple[list[Row], Callable[[], None]]:
     """Set `"mmopt"` on every tower that can take it.
 
     Args:
         model: the caller's model, in whose terms modules are named.
         base: the `PreTrainedModel` within.
-        training: whether attention dropout counts against a tower.
 
     Returns:
         A row per tower that has attention, and what undoes all of them.
@@ -69,7 +62,7 @@ def attach_attention(
 
     names = {module: name for name, module in model.named_modules()}
     towers = list(_towers(base))
-    reasons = {tower: _why_not(tower, training=training) for tower in towers if _layers(tower)}
+    reasons = {tower: _why_not(tower) for tower in towers if _layers(tower)}
     target = {}
     for tower in towers:
         # A composite (CLIPModel) has no attention of its own, but some make the masks for the
@@ -138,26 +131,56 @@ def _layers(tower: Any) -> list[nn.Module]:
     return layers
 
 
-def _why_not(tower: Any, *, training: bool) -> str | None:
+def _why_not(tower: Any) -> str | None:
     """Why this tower keeps its attention, or None when the op can serve it."""
     name, config = type(tower).__name__, tower.config
     if not tower._can_set_attn_implementation():
         return f"{name} does not dispatch through transformers' AttentionInterface"
-    if not tower._supports_attention_backend:
+    # The declaration also promises what serving engines need (slices of logits, a parallel plan).
+    # Whisper and BART do not make it, but hand sdpa the masks of transformers' own functions.
+    as_made = tower._supports_sdpa and _takes_masks_from_transformers(tower)
+    if not (tower._supports_attention_backend or as_made):
         return f"{name} declares that it does not support other attention backends"
-    if not tower._supports_sdpa:
-        return f"{name} needs more than plain attention (sinks, softcap): it does not take sdpa"
-    value_dim = getattr(config, "v_head_dim", None)
-    rope_dim, nope_dim = (getattr(config, f"qk_{x}_head_dim", None) for x in ("rope", "nope"))
-    if value_dim and rope_dim and nope_dim and value_dim != rope_dim + nope_dim:
-        return f"values have {value_dim} dimensions per head, keys {rope_dim + nope_dim}"
+    # Whoever takes sdpa needs plain attention with the mask it made. Models with softcap or sinks
+    # do not; they take flash attention, whose function in transformers has softcap and sinks and
+    # nothing else that the op has not. Models that take neither (DeepSeek-V4, HunYuan-V4) rewrite
+    # keys or masks for the implementations that they know by name.
+    if not (tower._supports_sdpa or tower._supports_flash_attn):
+        return f"{name} takes neither sdpa nor flash attention: it needs more than the op has"
+    for layer in _layers(tower):
+        for option in _NOT_IN_THE_OP:
+            if option in _passed(layer):
+                return f"{type(layer).__name__} passes {option} to its attention function"
     if getattr(config, "output_attentions", False):
         return "config.output_attentions asks for attention weights, which are never formed"
-    for field in _DROPOUT_FIELDS if training else ():
-        probability = getattr(config, field, None)
-        if isinstance(probability, float | int) and probability > 0:
-            return f"attention dropout: {field} is {probability}; load the model with {field}=0"
     return None
+
+
+def _takes_masks_from_transformers(tower: Any) -> bool:
+    module = sys.modules[type(tower).__module__]
+    return any(
+        getattr(value, "__module__", None) == "transformers.masking_utils"
+        for value in vars(module).values()
+    )
+
+
+def _passed(layer: nn.Module) -> set[str]:
+    """The keywords that the layer's forward names in any call.
+
+    From its source, as transformers itself tells whether a model dispatches. Where there is no
+    source, nothing is known here and `interval_attention` refuses at the first forward.
+    """
+    try:
+        source = textwrap.dedent(inspect.getsource(type(layer).forward))
+    except (OSError, TypeError):
+        return set()
+    return {
+        keyword.arg
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Call)
+        for keyword in node.keywords
+        if keyword.arg is not None
+    }
 
 
 def interval_mask(
@@ -198,10 +221,10 @@ def interval_mask(
     if plain and allow_is_causal_skip and (q_length == 1 or q_length == kv_length):
         return None
 
-    def bounds(start: int, length: int) -> tuple[Tensor, Tensor]:
+    def seen(start: int, stop: int) -> Tensor:
         mask = sdpa_mask(
             batch_size=batch_size,
-            q_length=length,
+            q_length=stop - start,
             kv_length=kv_length,
             q_offset=q_offset + start,
             kv_offset=kv_offset,
@@ -212,50 +235,42 @@ def interval_mask(
             use_vmap=use_vmap,
             device=device,
         )
-        return _reduce(mask)
+        return _of_all_heads(mask)
 
-    if torch.compiler.is_compiling():
-        found, proven = bounds(0, q_length)
-    else:
-        rows = max(1, _BLOCK_ELEMENTS // max(1, batch_size * kv_length))
-        blocks = [bounds(start, min(rows, q_length - start)) for start in range(0, q_length, rows)]
-        found = torch.cat([block for block, _ in blocks], dim=2)
-        proven = torch.stack([proof for _, proof in blocks]).all()
-    checked: Tensor = _proven_bounds(found, proven)
-    return checked
+    return _bounds(*reduce_rows(seen, q_length, kv_length, B=batch_size))
 
 
-def _reduce(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Bounds `[B, 1, S, 2]` of a bool mask `[B, 1, S, T]`, and whether each row is one interval."""
+def _of_all_heads(mask: Tensor) -> Tensor:
+    """Bool `[B, S, T]` of a mask `[B, 1, S, T]`."""
     if mask.shape[1] != 1:
         raise InputError(
             f"mmopt attention: the mask differs between {mask.shape[1]} heads, expected one mask "
             f"for all heads, [B, 1, S, T]. {_SDPA}"
         )
-    T = mask.shape[3]
-    key = torch.arange(T, dtype=torch.int32, device=mask.device)
-    count = mask.sum(3, dtype=torch.int32)
-    lo = torch.where(mask, key, T).amin(3)
-    hi = torch.where(mask, key + 1, 0).amax(3)
-    # A row that sees nothing reads (T, 0); (0, 0) says the same and keeps hi - lo its count.
-    lo = torch.minimum(lo, hi)
-    return torch.stack([lo, hi], dim=3), (count == hi - lo).all()
+    return mask[:, 0]
+
+
+def _bounds(lo: Tensor, hi: Tensor, broken: Tensor) -> Tensor:
+    """Bounds `[B, 1, S, 2]` of what `reduce_rows` found, once no row is broken."""
+    proven: Tensor = _proven_bounds(torch.stack([lo, hi], dim=2)[:, None], broken)
+    return proven
 
 
 # An op of its own, because Inductor turns an assertion into a C++ exception thrown inside an OpenMP
 # region, which ends the process. It returns what it was given, or it would be dropped as unused.
 @torch.library.custom_op("mmopt::proven_bounds", mutates_args=())
-def _proven_bounds(bounds: Tensor, proven: Tensor) -> Tensor:
-    if proven.device.type != "cpu":
+def _proven_bounds(bounds: Tensor, broken: Tensor) -> Tensor:
+    if broken.device.type != "cpu":
         # The host must not wait for a device value.
-        torch._assert_async(proven, NOT_INTERVALS)
-    elif not proven:
-        raise InputError(NOT_INTERVALS)
+        torch._assert_async(~broken.any(), NOT_INTERVALS)
+    elif broken.any():
+        sequence, row = broken.nonzero()[0].tolist()
+        raise InputError(f"{NOT_INTERVALS} The first is query {row} of sequence {sequence}.")
     return bounds.clone()
 
 
 @_proven_bounds.register_fake
-def _proven_bounds_fake(bounds: Tensor, proven: Tensor) -> Tensor:
+def _proven_bounds_fake(bounds: Tensor, broken: Tensor) -> Tensor:
     return torch.empty_like(bounds)
 
 
@@ -268,54 +283,69 @@ def interval_attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention as transformers calls it, computed by `mmopt::attention`.
 
     Args:
         query: `[B, Hq, S, D]`.
-        key, value: `[B, Hkv, T, D]`; grouped heads are not repeated.
+        key: `[B, Hkv, T, D]`; grouped heads are not repeated.
+        value: `[B, Hkv, T, Dv]`, `Dv` at most `D`.
         attention_mask: what `interval_mask` returned, or a bool mask `[B, 1, S, T]` that the
             caller prepared, which is reduced here.
+        dropout: of the attention weights. The op draws the seed on the device, so that
+            `torch.manual_seed` governs it and checkpointing replays it.
         is_causal: overrides the module's own flag when there is no mask.
+        s_aux: `[Hq]`, learned sinks.
 
     Returns:
-        `[B, S, Hq, D]`, and None for the attention weights, which are never formed.
+        `[B, S, Hq, Dv]`, and None for the attention weights, which are never formed.
 
     Raises:
-        InputError: dropout, softcap, sinks, a position bias, attention weights as an output, an
+        InputError: a position bias, keys picked one by one, attention weights as an output, an
             additive mask, or a mask that is not one interval per query.
     """
-    if dropout > 0:
-        raise InputError(
-            f"mmopt attention: attention dropout is {dropout} in training, expected 0. Load the "
-            "model with attention dropout 0, or call mmopt.optimize with training=True, which "
-            "leaves such towers alone."
-        )
-    for option in ("softcap", "s_aux", "position_bias", "output_attentions"):
+    for option in ("output_attentions", *_NOT_IN_THE_OP):
         if kwargs.get(option) is not None and kwargs[option] is not False:
             raise InputError(
                 f"mmopt attention: {type(module).__name__} asks for {option}, which the op does "
                 f"not have. Use model.set_attn_implementation('eager') for it."
             )
-
-    if attention_mask is None:
-        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    intervals, causal = None, False
+    if attention_mask is not None:
+        intervals = _intervals(attention_mask)
+    else:
+        causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
         # Only the prefill of an empty static cache has more keys than causal queries; the extra
         # ones are not written yet. The op, unlike transformers, aligns at the last key.
         if causal and query.shape[2] > 1 and key.shape[2] > query.shape[2]:
             key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
-        out = attention(
-            query, key, value, causal=bool(causal) and query.shape[2] > 1, scale=scaling
-        )
-    else:
-        out = attention(query, key, value, intervals=_intervals(attention_mask), scale=scaling)
-    return out.transpose(1, 2).contiguous(), None
+    value_dim = value.shape[3]
+    if value_dim < key.shape[3]:
+        # Multi-head latent attention. As transformers' own flash attention does.
+        value = pad(value, (0, key.shape[3] - value_dim))
+    out = attention(
+        query,
+        key,
+        value,
+        intervals=intervals,
+        causal=causal,
+        scale=scaling,
+        softcap=softcap,
+        # Parameters keep the dtype of the checkpoint where PEFT or a norm made the query float32.
+        sinks=s_aux if s_aux is None or s_aux.dtype == query.dtype else s_aux.float(),
+        dropout_p=dropout,
+    )
+    return out[..., :value_dim].transpose(1, 2).contiguous(), None
 
 
 def _intervals(mask: Tensor) -> Intervals:
     if mask.dtype == torch.bool and mask.dim() == 4:
-        mask = _proven_bounds(*_reduce(mask))
+        seen = _of_all_heads(mask)
+        B, S, T = seen.shape
+        mask = _bounds(*reduce_rows(lambda start, stop: seen[:, start:stop], S, T, B=B))
     elif mask.dtype != torch.int32 or mask.dim() != 4 or mask.shape[3] != 2:
         raise InputError(
             f"mmopt attention: the mask is {mask.dtype} {tuple(mask.shape)}, expected the bounds "

@@ -8,9 +8,7 @@ from mmopt.attach.report import OptimizationReport, Row
 from mmopt_kernels.errors import InputError
 
 
-def optimize(
-    model: Any, *, attention: bool = True, lora: bool = True, training: bool = True
-) -> OptimizationReport:
+def optimize(model: Any, *, attention: bool = True, lora: bool = True) -> OptimizationReport:
     """Make `model` call mmopt's fused ops, in place, without changing what it computes.
 
     Attention: every tower (the modules that share one config) that dispatches through
@@ -23,9 +21,6 @@ def optimize(
         model: a transformers `PreTrainedModel` or a PEFT model around one; any device and dtype.
         attention: attach the attention op.
         lora: attach the LoRA op.
-        training: whether the model is to be trained. The attention op has no dropout, so a tower
-            with attention dropout is left alone; with False it is attached, and a training-mode
-            forward through it raises.
 
     Returns:
         A row per module: what it became, or why it was left alone. `undo()` reverts it.
@@ -37,7 +32,7 @@ def optimize(
     rows: list[Row] = []
     restorers = []
     if attention:
-        found, restore = attach_attention(model, base, training=training)
+        found, restore = attach_attention(model, base)
         rows += found
         restorers.append(restore)
     if lora:

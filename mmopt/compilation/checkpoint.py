@@ -157,7 +157,7 @@ def compile_checkpoint(
     other = example_batch(base, batch=batch, length=max(2, length // 2 + 1), train=train, seed=seed)
 
     alone, attached = _twin(eager), _twin(eager)
-    optimization = optimize(attached, training=train)
+    optimization = optimize(attached)
     with progress("compile with mmopt", None):
         checked = compile(attached, inputs, mode=mode, allow_breaks=True)
     with progress("compare", None):

@@ -272,7 +272,7 @@ def _open(
             model = checkpoint.model.to(device)
             vocabulary, longest = _text_bounds(source, model, checkpoint.tokenizer)
         if backend == "mmopt":
-            optimize(model, training=False)
+            optimize(model)
             run = torch.compile(model, dynamic=True)
         else:
             as_loaded = as_loaded or model

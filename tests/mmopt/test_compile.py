@@ -103,7 +103,7 @@ def test_the_graph_is_lowered_once_and_the_second_time_taken_from_the_cache(mode
         for outcome in ("miss", "hit"):
             model = with_adapter(bert())
             batch = batch_of(model, 12)
-            mmopt.optimize(model, training=mode == "train")
+            mmopt.optimize(model)
             lowered.clear()
             torch._dynamo.reset()
             mmopt.compile(model, batch, mode=mode)

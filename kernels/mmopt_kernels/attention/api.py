@@ -213,7 +213,8 @@ def _check_options(
     seed: int | Tensor | None,
     deterministic: bool,
 ) -> None:
-    if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
+    # Comparisons alone: under torch.compile a float may be symbolic, which math.isfinite breaks on.
+    if softcap is not None and not 0 < softcap < math.inf:
         raise KernelInputError(
             f"attention: softcap is {softcap}, expected a finite number above 0. "
             "For no cap, pass None."

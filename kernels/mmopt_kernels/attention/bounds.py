@@ -84,39 +84,43 @@ def require_cu_seqlens(where: str, cu_seqlens: Tensor, S: int, check: bool) -> N
 
 
 def reduce_rows(
-    where: str, seen_of: Callable[[int, int], Tensor], S: int, T: int, *, B: int, check: bool
-) -> tuple[Tensor, Tensor]:
-    """Bounds ``[B, S]`` of a mask that exists for a block of queries at a time.
+    seen_of: Callable[[int, int], Tensor], S: int, T: int, *, B: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Bounds of a mask that exists for a block of queries at a time, and which rows they belie.
 
     Args:
         seen_of: bool ``[B, stop - start, T]`` for the queries from ``start`` to ``stop``.
-        check: prove that no row has a hole, with one read on the host after the last block.
+
+    Returns:
+        ``lo``, ``hi`` and whether the row has a hole between them, each ``[B, S]``.
     """
     if torch.compiler.is_compiling():
         # One piece: Inductor evaluates the mask inside the reductions and never stores it.
-        lo, hi, broken = _reduce(seen_of(0, S), T)
-    else:
-        rows = max(1, BLOCK_ELEMENTS // max(1, B * T))
-        starts = range(0, max(1, S), rows)
-        blocks = [_reduce(seen_of(start, min(start + rows, S)), T) for start in starts]
-        lo, hi, broken = (torch.cat(parts, 1) for parts in zip(*blocks, strict=True))
-    if check:
-        holes = broken.nonzero()
-        if len(holes):
-            b, i = holes[0].tolist()
-            raise KernelInputError(
-                f"{where}: mask row {i} of sequence {b} has a hole between key {int(lo[b, i])} "
-                f"and key {int(hi[b, i]) - 1}, expected one run of keys in each row ({len(holes)} "
-                "rows break this). Use dense attention for this mask."
-            )
-    return lo, hi
+        return _reduce(seen_of(0, S), T)
+    rows = max(1, BLOCK_ELEMENTS // max(1, B * T))
+    starts = range(0, max(1, S), rows)
+    blocks = [_reduce(seen_of(start, min(start + rows, S)), T) for start in starts]
+    lo, hi, broken = (torch.cat(parts, 1) for parts in zip(*blocks, strict=True))
+    return lo, hi, broken
+
+
+def require_runs(where: str, lo: Tensor, hi: Tensor, broken: Tensor) -> None:
+    """Refuse, on the host, what `reduce_rows` found to have a hole."""
+    holes = broken.nonzero()
+    if len(holes):
+        b, i = holes[0].tolist()
+        raise KernelInputError(
+            f"{where}: mask row {i} of sequence {b} has a hole between key {int(lo[b, i])} "
+            f"and key {int(hi[b, i]) - 1}, expected one run of keys in each row ({len(holes)} "
+            "rows break this). Use dense attention for this mask."
+        )
 
 
 def _reduce(seen: Tensor, T: int) -> tuple[Tensor, Tensor, Tensor]:
     """``lo``, ``hi`` and whether the row has a hole, each ``[B, s]``, of bool ``[B, s, T]``."""
     if T == 0:
         nothing = seen.new_zeros(seen.shape[:2], dtype=torch.int32)
-        return nothing, nothing, nothing
+        return nothing, nothing, nothing.bool()
     key = torch.arange(T, dtype=torch.int32, device=seen.device)
     lo = torch.where(seen, key, T).amin(2)
     hi = torch.where(seen, key + 1, 0).amax(2)

@@ -203,10 +203,8 @@ class Intervals:
                 )
             # One row serves all queries of its sequence.
             row = (keep != 0)[:, None]
-            lo, hi = bounds.reduce_rows(
-                where, lambda *_: row, 1, keys, B=keep.shape[0], check=check
-            )
-            return cls(lo.expand(-1, queries), hi.expand(-1, queries))
+            each = cls._reduced(where, lambda *_: row, 1, keys, keep.shape[0], check)
+            return cls(each.lo.expand(-1, queries), each.hi.expand(-1, queries))
         lengths = bounds.require_lengths(where, "keep", keep, keys, check).expand(-1, queries)
         lo, hi = bounds.clamped(torch.zeros_like(lengths), lengths, keys)
         return cls(lo, hi) if side == "right" else cls(keys - hi, torch.full_like(hi, keys))
@@ -337,15 +335,8 @@ class Intervals:
                 "additive mask pass mask == 0."
             )
         B, S, T = mask.shape
-        return cls(
-            *bounds.reduce_rows(
-                "Intervals.from_dense",
-                lambda start, stop: mask[:, start:stop] != 0,
-                S,
-                T,
-                B=B,
-                check=check,
-            )
+        return cls._reduced(
+            "Intervals.from_dense", lambda start, stop: mask[:, start:stop] != 0, S, T, B, check
         )
 
     @classmethod
@@ -396,7 +387,16 @@ class Intervals:
             query = (torch.arange(start, stop, device=device) + offset)[None, None, :, None]
             return bounds.mask_function_rows(where, mask_function, (batch, head, query, key))
 
-        return cls(*bounds.reduce_rows(where, seen_of, S, T, B=B, check=check))
+        return cls._reduced(where, seen_of, S, T, B, check)
+
+    @classmethod
+    def _reduced(
+        cls, where: str, seen_of: Callable[[int, int], Tensor], S: int, T: int, B: int, check: bool
+    ) -> Intervals:
+        lo, hi, broken = bounds.reduce_rows(seen_of, S, T, B=B)
+        if check:
+            bounds.require_runs(where, lo, hi, broken)
+        return cls(lo, hi)
 
     def __and__(self, other: Intervals) -> Intervals:
         """The keys that both see; the intersection of two intervals is an interval."""

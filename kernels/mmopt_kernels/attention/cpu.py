@@ -10,18 +10,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mmopt_kernels.attention.philox import keep_mask
 from mmopt_kernels.attention.reference import sinks_backward
 
-# Elements of a block: of the mask that PyTorch's kernel is given, and of the scores where they are
-# written out (a dozen tensors of that size with dropout, whose words are int64).
+# PyTorch's kernel is given blocks of MASK_ROWS rows, or more if they have no more than MASK_ROW
+# scores: taller ones compute more of what the mask hides, lower ones are too thin for its matmuls.
+# A block is of several sequences while the mask has no more than MASK_ELEMENTS.
+MASK_ROWS = 64
+MASK_ROW_ELEMENTS = 2**14
 MASK_ELEMENTS = 2**16
+# Elements of a block of scores where they are written out (a dozen tensors of that size with
+# dropout, whose words are int64), and the fewest rows: below, matmuls are too thin to run at speed.
 SCORE_ELEMENTS = 2**18
-# The fewest rows, however many keys: below, matmuls are too thin to run at speed.
-MASK_ROWS = 128
 SCORE_ROWS = 16
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -38,12 +42,14 @@ class Block:
     """Some rows of some sequences, and the keys that they see.
 
     ``hidden`` is bool ``[n or 1, rows, keys]``, None where every row sees every key.
+    ``has_empty`` is False where no row hides all of them.
     """
 
     sequences: slice
     rows: slice
     keys: slice
     hidden: Tensor | None
+    has_empty: bool
 
 
 def _bounds(
@@ -60,37 +66,51 @@ def _bounds(
     return lower.expand(B, -1), upper.expand(B, -1)
 
 
-def _blocks(
-    lower: Tensor, upper: Tensor, T: int, heads: int, elements: int, least: int
-) -> Iterator[Block]:
-    """Blocks of ``elements`` scores in ``heads`` heads, if ``least`` rows have no more than that.
+def _extremes(bound: Tensor, n_sequences: int, n_rows: int, least: bool) -> list[list[int]]:
+    """The least or greatest of a bound over each block, by sequences and rows."""
+    reduce = np.minimum if least else np.maximum
+    B, S = bound.shape
+    by_rows = reduce.reduceat(bound.numpy(), range(0, S, n_rows), axis=1)
+    found: list[list[int]] = reduce.reduceat(by_rows, range(0, B, n_sequences), axis=0).tolist()
+    return found
 
-    Rows that see nothing are in no block, or hidden. The bounds are in host memory here, so
-    looking at them costs no synchronisation.
+
+def _blocks(lower: Tensor, upper: Tensor, T: int, n_sequences: int, n_rows: int) -> Iterator[Block]:
+    """Blocks of so many sequences and rows. Rows that see nothing are in no block, or hidden.
+
+    The bounds are in host memory here, so looking at them costs no synchronisation. All that is
+    looked at is found before the first block, in NumPy, whose calls cost less than PyTorch's.
     """
     B, S = lower.shape
-    n_rows = min(S, max(least, elements // (heads * T)))
-    n_sequences = max(1, elements // (heads * T * n_rows))
-    for b in range(0, B, n_sequences):
+    # An empty row leaves the range of keys to the others.
+    empty = lower >= upper
+    some_empty = bool(empty.any())
+    first = lower.masked_fill(empty, T) if some_empty else lower
+    last = upper.masked_fill(empty, 0) if some_empty else upper
+    starts, stops = (
+        _extremes(x, n_sequences, n_rows, least) for x, least in ((first, True), (last, False))
+    )
+    # Whether some row sees less: a row that sees nothing does, by the end it is given here.
+    ends, begins = (
+        _extremes(x, n_sequences, n_rows, least) for x, least in ((last, True), (lower, False))
+    )
+    keys = torch.arange(T, dtype=torch.int32)
+    for b, sequences in enumerate(range(0, B, n_sequences)):
         # Bounds that the batch shares make one mask for all of it.
-        sequences = slice(None) if B == 1 else slice(b, b + n_sequences)
-        for i in range(0, S, n_rows):
-            rows = slice(i, i + n_rows)
-            # [n or 1, rows]
-            first, last = lower[sequences, rows], upper[sequences, rows]
-            seeing = first < last
-            if not seeing.any():
+        chosen = slice(None) if B == 1 else slice(sequences, sequences + n_sequences)
+        for i, row in enumerate(range(0, S, n_rows)):
+            start, stop = starts[b][i], stops[b][i]
+            if start >= stop:
                 continue
-            start = int(torch.where(seeing, first, T).min())
-            stop = int(torch.where(seeing, last, 0).max())
-            j = torch.arange(start, stop, dtype=torch.int32)
+            rows = slice(row, row + n_rows)
+            j = keys[start:stop]
             hidden = None
-            if int(last.min()) < stop:
-                hidden = j >= last[..., None]
-            if int(first.max()) > start:
-                before = j < first[..., None]
+            if ends[b][i] < stop:
+                hidden = j >= last[chosen, rows, None]
+            if begins[b][i] > start:
+                before = j < lower[chosen, rows, None]
                 hidden = before if hidden is None else hidden.logical_or_(before)
-            yield Block(sequences, rows, slice(start, stop), hidden)
+            yield Block(chosen, rows, slice(start, stop), hidden, some_empty)
 
 
 def forward(
@@ -174,15 +194,15 @@ def _delta(grad_out: Tensor, out: Tensor, grad_lse: Tensor | None) -> Tensor:
 
 
 def _maskless(
-    q: Tensor, k: Tensor, lo: Tensor | None, hi: Tensor | None, causal: bool
+    q: Tensor, k: Tensor, bounds: tuple[Tensor, Tensor] | None, causal: bool
 ) -> str | None:
-    """``"full"`` or ``"causal"`` where PyTorch's kernel needs no mask."""
+    """``"full"`` or ``"causal"`` where PyTorch's kernel needs no mask; no bounds see every key."""
     S, T = q.shape[2], k.shape[2]
     # PyTorch aligns its causal mask at the top left: the same only for S == T.
-    if lo is None and hi is None:
+    if bounds is None:
         # The last query of a causal mask sees every key.
         return "full" if not causal or S == 1 else "causal" if S == T else None
-    lower, upper = _bounds(q, k, lo, hi, causal)
+    lower, upper = bounds
     if lower.any():
         return None
     if int(upper.min()) == T:
@@ -197,13 +217,22 @@ def _is_all(block: Block, q: Tensor) -> bool:
     return block.sequences.indices(B) == (0, B, 1) and block.rows.indices(S) == (0, S, 1)
 
 
-def _additive(hidden: Tensor | None, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+def _additive(block: Block, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
     """The mask ``[n or 1, 1, rows, keys]``, and the rows ``[n or 1, 1, rows]`` that see no key."""
-    if hidden is None:
+    if block.hidden is None:
         return None, None
-    mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))
-    empty = hidden.all(2)
-    return mask[:, None], empty[:, None] if empty.any() else None
+    hidden = block.hidden[:, None]
+    # As tensors of no dimension, or the mask would be float32 and be converted.
+    mask = torch.where(
+        hidden, torch.tensor(float("-inf"), dtype=dtype), torch.zeros((), dtype=dtype)
+    )
+    return mask, hidden.all(3) if block.has_empty else None
+
+
+def _flash_blocks(lower: Tensor, upper: Tensor, T: int) -> Iterator[Block]:
+    S = lower.shape[1]
+    n_rows = min(S, max(MASK_ROWS, MASK_ROW_ELEMENTS // T))
+    return _blocks(lower, upper, T, max(1, MASK_ELEMENTS // (T * n_rows)), n_rows)
 
 
 def _flash_forward(
@@ -215,14 +244,16 @@ def _flash_forward(
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    maskless = _maskless(q, k, lo, hi, causal)
+    plain = lo is None and hi is None
+    bounds = None if plain else _bounds(q, k, lo, hi, causal)
+    maskless = _maskless(q, k, bounds, causal)
     if maskless is not None:
         return _forward(q, k, v, 0.0, maskless == "causal", scale=scale)  # type: ignore[no-any-return]
     out = lse = None
-    bounds = _bounds(q, k, lo, hi, causal)
-    for block in _blocks(*bounds, k.shape[2], 1, MASK_ELEMENTS, MASK_ROWS):
+    bounds = bounds or _bounds(q, k, lo, hi, causal)
+    for block in _flash_blocks(*bounds, k.shape[2]):
         n, rows, keys = block.sequences, block.rows, block.keys
-        mask, empty = _additive(block.hidden, q.dtype)
+        mask, empty = _additive(block, q.dtype)
         b_out, b_lse = _forward(
             q[n, :, rows], k[n, :, keys], v[n, :, keys], 0.0, False, attn_mask=mask, scale=scale
         )
@@ -254,16 +285,18 @@ def _flash_backward(
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    maskless = _maskless(q, k, lo, hi, causal)
+    plain = lo is None and hi is None
+    bounds = None if plain else _bounds(q, k, lo, hi, causal)
+    maskless = _maskless(q, k, bounds, causal)
     if maskless is not None:
         return _backward(  # type: ignore[no-any-return]
             grad_out, q, k, v, out, lse, 0.0, maskless == "causal", scale=scale
         )
     sums = None
-    bounds = _bounds(q, k, lo, hi, causal)
-    for block in _blocks(*bounds, k.shape[2], 1, MASK_ELEMENTS, MASK_ROWS):
+    bounds = bounds or _bounds(q, k, lo, hi, causal)
+    for block in _flash_blocks(*bounds, k.shape[2]):
         n, rows, keys = block.sequences, block.rows, block.keys
-        mask, empty = _additive(block.hidden, q.dtype)
+        mask, empty = _additive(block, q.dtype)
         b_grad, b_lse = grad_out[n, :, rows], lse[n, :, rows]
         if empty is not None:
             b_grad = b_grad.masked_fill(empty[..., None], 0.0)
@@ -333,8 +366,10 @@ def _drops(
 
 def _written_blocks(q: Tensor, k: Tensor, lower: Tensor, upper: Tensor) -> Iterator[Block]:
     B, Hq, S, _ = q.shape
-    bounds = lower.expand(B, S), upper.expand(B, S)
-    return _blocks(*bounds, k.shape[2], Hq, SCORE_ELEMENTS, SCORE_ROWS)
+    T = k.shape[2]
+    n_rows = min(S, max(SCORE_ROWS, SCORE_ELEMENTS // (Hq * T)))
+    n_sequences = max(1, SCORE_ELEMENTS // (Hq * T * n_rows))
+    return _blocks(lower.expand(B, S), upper.expand(B, S), T, n_sequences, n_rows)
 
 
 def _written_forward(

@@ -5,7 +5,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test test-slow check fix bench bench-gate bench-exact bench-exact-update gpu clean help
+.PHONY: demo test test-slow check fix kernels kernels-update bench bench-gate bench-exact \
+	bench-exact-update gpu clean help
 
 demo: $(READY)  ## the main job on real weights and real text, on the CPU: about 6 minutes
 	$(BIN)/python demo/run.py
@@ -25,6 +26,12 @@ check: $(READY)  ## formatting, lint, types and version; changes nothing
 fix: $(READY)  ## apply what ruff can fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+kernels: $(READY)  ## compile every kernel for five GPUs, without one, and hold it against the record
+	$(BIN)/mmopt kernels --check bench/baselines/kernels.json --kept build/kernels
+
+kernels-update: $(READY)  ## commit to the compiled kernels as they are now
+	$(BIN)/mmopt kernels --update bench/baselines/kernels.json --kept build/kernels
 
 bench: $(READY)  ## one quick pass over the suites in bench/, kept in build/bench.json: 2 minutes
 	mkdir -p build

@@ -13,6 +13,7 @@ MMOPT = [sys.executable, "-m", "mmopt"]
 BAD_CALLS = {
     "train": ["train", "/no/such/recipe.yaml"],
     "compile": ["compile", "/no/such/model"],
+    "kernels": ["kernels", "--check", "/no/such/kernels.json"],
     "export": ["export", "/no/such/model", "-o", "{tmp}/out"],
     "verify": ["verify", "/no/such/artifact"],
     "serve": ["serve", "/no/such/artifact"],
@@ -105,7 +106,7 @@ def test_a_tampered_artifact_exits_1(artifact: Path, tmp_path: Path) -> None:
 
 def test_help_names_every_command_and_lists_exit_codes() -> None:
     result = run("--help")
-    for name in ("doctor", "train", "compile", "export", "verify", "serve", "bench"):
+    for name in ("doctor", "train", "compile", "kernels", "export", "verify", "serve", "bench"):
         assert name in result.stdout
     assert "Exit codes" in run("export", "--help").stdout
 

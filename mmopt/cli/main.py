@@ -12,6 +12,7 @@ from mmopt.cli.bench import bench_app
 from mmopt.cli.compile import compile_command
 from mmopt.cli.doctor import doctor
 from mmopt.cli.export import export, verify
+from mmopt.cli.kernels import kernels
 from mmopt.cli.output import command
 from mmopt.cli.serve import serve
 from mmopt.cli.train import train
@@ -46,6 +47,7 @@ for _name, _function, _example in (
     ("doctor", doctor, "mmopt doctor --target cuda"),
     ("train", train, "mmopt train recipe.yaml --set training.epochs=1"),
     ("compile", compile_command, "mmopt compile MODEL --adapter A --mode train"),
+    ("kernels", kernels, "mmopt kernels --target sm_90 --check bench/baselines/kernels.json"),
     ("export", export, "mmopt export MODEL --adapter A -o out --precision int8"),
     ("verify", verify, "mmopt verify out --data test.jsonl"),
     ("serve", serve, "mmopt serve out --port 8000"),

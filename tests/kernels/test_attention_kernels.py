@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +18,10 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="runs Triton kernels")
 
+from mmopt_kernels import _triton, tuning
 from mmopt_kernels.attention import kernel, kernel_backward
+from mmopt_kernels.attention import tiles as tiles_module
+from mmopt_kernels.attention.tiles import describable, has_tma
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SEED = -(3 << 40) + 12345  # negative, and wider than 32 bits
@@ -95,16 +100,25 @@ PLAIN = [
 ]  # fmt: skip
 
 
+KERNELS = ("attention_forward", "attention_backward_dkdv", "attention_backward_dq")
+
+
 @pytest.fixture(autouse=True)
-def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    use_tiles(monkeypatch, 16, 16)
+def small_tiles() -> Iterator[None]:
+    with tiles(16, 16):
+        yield
 
 
-def use_tiles(monkeypatch: pytest.MonkeyPatch, block_m: int, block_n: int) -> None:
-    tile = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": 4, "num_stages": 1}
-    monkeypatch.setattr(kernel, "config", lambda dtype, d: tile)
-    monkeypatch.setattr(kernel_backward, "config_dkdv", lambda dtype, d: tile)
-    monkeypatch.setattr(kernel_backward, "config_dq", lambda dtype, d: tile)
+@contextmanager
+def tiles(
+    block_m: int, block_n: int, tma: bool = False, split: bool = False
+) -> Iterator[dict[str, tuning.Key]]:
+    """Launches inside take these tiles, on a GPU too; yields what each asked with."""
+    tile = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": 4, "num_stages": 1, "TMA": tma}
+    dkdv = tile | {"SPLIT": split}
+    forced = dict.fromkeys(KERNELS, tile) | {"attention_backward_dkdv": dkdv}
+    with tuning.forcing(forced) as asked:
+        yield asked
 
 
 def philox(seed: int, j: np.ndarray, i: np.ndarray, bh: np.ndarray) -> np.ndarray:
@@ -271,16 +285,14 @@ def test_gradients_are_bitwise_equal_between_runs() -> None:
 
 
 @pytest.mark.parametrize("tile", [(16, 16), (32, 16), (16, 32)], ids=str)
-def test_dropout_mask_is_philox_whatever_the_tile(
-    tile: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_dropout_mask_is_philox_whatever_the_tile(tile: tuple[int, int]) -> None:
     """With identities for v and grad_out, out and dv are the dropped probabilities themselves."""
-    use_tiles(monkeypatch, *tile)
     case = Case(B=2, Hq=2, Hkv=2, S=35, T=35, D=35, dropout=0.4)
     x = make(case)
     x.v.copy_(torch.eye(35))
     x.grad.copy_(torch.eye(35))
-    got = run(case, x)
+    with tiles(*tile):
+        got = run(case, x)
     assert torch.equal(got["out"] != 0, kept(case))
     # dv[j, i] = d_ij p_ij
     assert torch.equal(got["dv"].transpose(2, 3) != 0, kept(case))
@@ -373,3 +385,116 @@ def test_kernels_without_their_features_are_not_recompiled_for_a_threshold() -> 
         assert -(2**31) <= threshold < 2**31
         assert threshold % 2**32 == min(round(p * 2**32), 2**32 - 1)
         assert math.isclose(scale, 1 / (1 - p))
+
+
+def in_aligned_poison(x: Tensor) -> Tensor:
+    """A [B, S, H, D] view as `in_poison` gives it, whose base and strides are whole 16 bytes."""
+    B, H, N, D = x.shape
+    step = 16 // x.element_size()
+    width = (D + 1) // step * step + 2 * step
+    buffer = torch.full((B + 1, N + 3, H + 1, width), float("nan"), dtype=x.dtype, device=DEVICE)
+    view = buffer[:B, 1 : N + 1, :H, step : D + step].transpose(1, 2)
+    view.copy_(x)
+    return view
+
+
+DESCRIBED = [
+    # Heads that fill their block and others; tails of both tiles; GQA; S != T; sizes of 1.
+    Case(Hq=4, Hkv=2, S=35, T=43, D=40, mask="random", causal=True, dlse=True, dtype=BF16),
+    Case(S=17, T=43, D=72, causal=True, softcap=1.5, sinks=True, dtype=FP16),
+    Case(Hq=4, Hkv=1, S=48, T=33, D=80, dropout=0.3, dtype=BF16, B=1),
+    Case(Hq=2, Hkv=1, S=1, T=37, D=16, mask="left", dtype=FP16),
+    Case(Hq=1, Hkv=1, S=19, T=1, D=24, dtype=BF16, B=1),
+    Case(S=40, T=40, D=20, mask="window", causal=True),
+]
+
+
+def on_sm_90() -> AbstractContextManager[None]:
+    """Launchers take the interpreter for a GPU with TMA; a GPU is taken as it is."""
+    if DEVICE == "cpu":
+        return _triton.assuming("sm_90")
+    if not has_tma(_triton.target(torch.device(DEVICE, torch.cuda.current_device()))):
+        pytest.skip("this GPU has no TMA")
+    return nullcontext()
+
+
+def loads_through_descriptors(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many descriptors each launch makes, in order, from here on."""
+    made = [0]
+    described = tiles_module.TensorDescriptor
+
+    def count(*args: object) -> object:
+        made[0] += 1
+        return described(*args)
+
+    monkeypatch.setattr(tiles_module, "TensorDescriptor", count)
+    return made
+
+
+@pytest.mark.parametrize("case", DESCRIBED, ids=str)
+def test_descriptors_and_pointers_give_the_same_bits(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The NaN around the inputs, which a descriptor must not read, would show in any result."""
+    x = make(case)
+    x.q, x.k, x.v, x.grad = (in_aligned_poison(t) for t in (x.q, x.k, x.v, x.grad))
+    pointers = run(case, x)
+    made = loads_through_descriptors(monkeypatch)
+    with on_sm_90(), tiles(16, 16, tma=True) as asked:
+        described = run(case, x)
+    assert set(asked) == set(KERNELS)
+    # q, k, v and out; q, k, v, dout, dk and dv; q, k, v, dout and dq.
+    assert made == [4 + 6 + 5]
+    for name, value in pointers.items():
+        assert value.isfinite().all() or name == "lse", name
+        assert torch.equal(value, described[name]), name
+
+
+def storage_at(x: Tensor, offset: int) -> Tensor:
+    """x in storage of its own, from element offset on."""
+    buffer = torch.zeros(x.numel() + offset, dtype=x.dtype, device=x.device)
+    view = buffer[offset:].view(x.shape)
+    view.copy_(x)
+    return view
+
+
+def test_only_what_a_descriptor_can_describe_is_loaded_through_one() -> None:
+    x = torch.zeros(2, 5, 3, 16, dtype=BF16, device=DEVICE).transpose(1, 2)
+    assert describable(x, x)
+    assert describable(storage_at(x, 8))
+    assert not describable(x, storage_at(x, 1)), "base"
+    assert not describable(torch.zeros(2, 3, 5, 20, dtype=BF16)), "rows of 40 bytes"
+    assert describable(torch.zeros(2, 3, 5, 20)), "rows of 80 bytes"
+    assert not describable(x[:, :1].expand(2, 3, 5, 16)), "stride 0"
+    assert not describable(x[:, :, :0]), "nothing to describe"
+    # Nobody steps along a dimension of size 1, whatever its stride.
+    assert describable(x.as_strided((1, 1, 5, 16), (7, 3, 48, 1)))
+    assert describable(x.as_strided((1, 3, 1, 16), (0, 16, 5, 1)))
+
+
+@pytest.mark.parametrize("case", [Case(D=20, dtype=BF16), Case(D=16, dtype=FP16)], ids=str)
+def test_unaligned_tensors_are_loaded_through_pointers(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a target whose table asks for descriptors, and with its own tiles."""
+    x = make(case)
+    before = run(case, x)
+    made = loads_through_descriptors(monkeypatch)
+    with on_sm_90(), tuning.forcing({}):
+        after = run(case, x)
+        assert made == [0]
+        x.q, x.k, x.v, x.grad = (in_aligned_poison(t) for t in (x.q, x.k, x.v, x.grad))
+        run(case, x)
+    assert made[0] == 0 if case.D == 20 else made[0] >= 4
+    for name, value in before.items():
+        torch.testing.assert_close(after[name], value, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("case", PLAIN[-4:], ids=str)
+def test_dk_and_dv_of_two_launches_are_those_of_one(case: Case) -> None:
+    x = make(case)
+    both = run(case, x)
+    with tiles(16, 16, split=True):
+        split = run(case, x)
+    for name, value in both.items():
+        assert torch.equal(value, split[name]), name

@@ -9,20 +9,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmopt_kernels import _triton
+from mmopt_kernels import _triton, tuning
 from mmopt_kernels.attention.tiles import (
-    HIP,
     LN_2,
     LOG2_E,
     block_d,
     both_bounds,
+    choose,
+    describable,
     dropout_scales,
+    for_target,
+    has_tma,
     kept,
     key_ranges,
+    load_rows,
+    operand,
     row_bounds,
     score_scales,
+    steps,
+    store_rows,
+    strides_of,
     tanh,
-    warps_of,
+    vector_of,
 )
 
 
@@ -34,8 +42,8 @@ def _attend(
     b_q,
     p_k,
     p_v,
-    stride_kn,
-    stride_vn,
+    strides_k,
+    strides_v,
     b_lo,
     b_hi,
     i_start,
@@ -45,17 +53,20 @@ def _attend(
     scale_cap,
     seed,
     threshold,
+    i_b,
+    i_hkv,
     i_bh,
     o_m,
-    o_d,
-    m_d,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    DTYPE: tl.constexpr,
     MASKED: tl.constexpr,
-    PADDED: tl.constexpr,
     SOFTCAP: tl.constexpr,
     DROPOUT: tl.constexpr,
     WIDEN: tl.constexpr,
     PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     """Online softmax over the keys [i_start, i_end), in base 2: exp2 is one instruction.
 
@@ -63,25 +74,11 @@ def _attend(
     """
     for i_n in range(i_start, i_end, BLOCK_N):
         o_n = i_n + tl.arange(0, BLOCK_N)
-        o_n64 = o_n.to(tl.int64)
-        # [BLOCK_D, BLOCK_N] and [BLOCK_N, BLOCK_D]
-        p_kt = p_k + o_n64[None, :] * stride_kn + o_d[:, None]
-        p_vt = p_v + o_n64[:, None] * stride_vn + o_d[None, :]
-        if MASKED:
-            m_n = o_n < T
-            b_k = tl.load(p_kt, mask=m_n[None, :] & m_d[:, None], other=0.0)
-            b_v = tl.load(p_vt, mask=m_n[:, None] & m_d[None, :], other=0.0)
-        elif PADDED:
-            b_k = tl.load(p_kt, mask=m_d[:, None], other=0.0)
-            b_v = tl.load(p_vt, mask=m_d[None, :], other=0.0)
-        else:
-            b_k = tl.load(p_kt)
-            b_v = tl.load(p_vt)
-        if WIDEN:
-            b_k = b_k.to(tl.float32)
-            b_v = b_v.to(tl.float32)
+        # [BLOCK_N, BLOCK_D]
+        b_k = load_rows(p_k, strides_k, i_b, i_hkv, i_n, T, D, BLOCK_N, BLOCK_D, MASKED, WIDEN, TMA)
+        b_v = load_rows(p_v, strides_v, i_b, i_hkv, i_n, T, D, BLOCK_N, BLOCK_D, MASKED, WIDEN, TMA)
         # [BLOCK_M, BLOCK_N]
-        b_s = tl.dot(b_q, b_k, input_precision=PRECISION) * scale
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale
         if SOFTCAP:
             b_s = tanh(b_s) * scale_cap
         if MASKED:
@@ -97,7 +94,7 @@ def _attend(
         if DROPOUT:
             # After the sum, which dropout leaves alone.
             b_p = tl.where(kept(seed, i_bh, o_m[:, None], o_n[None, :], threshold), b_p, 0.0)
-        b_p = b_p.to(p_v.dtype.element_ty)
+        b_p = b_p.to(DTYPE)
         b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision=PRECISION)
         b_max = b_new
     return b_acc, b_max, b_sum
@@ -153,18 +150,17 @@ def attention_forward(
     DROPOUT: tl.constexpr,
     WIDEN: tl.constexpr,
     PRECISION: tl.constexpr,
+    VECTOR: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     # One grid axis: CUDA limits the others to 65535, which B * H exceeds for short sequences.
     n_m = tl.cdiv(S, BLOCK_M)
-    i_bh = (tl.program_id(0) // n_m).to(tl.int64)
+    i_bh = tl.program_id(0) // n_m
     i_b = i_bh // H
     i_h = i_bh % H
     i_m = tl.program_id(0) % n_m
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     m_m = o_m < S
-    o_m64 = o_m.to(tl.int64)
-    o_d = tl.arange(0, BLOCK_D)
-    m_d = o_d < D
 
     # fmt: off
     b_lo, b_hi = row_bounds(
@@ -177,31 +173,33 @@ def attention_forward(
     i_start, i_full, i_part, i_end = key_ranges(b_lo, b_hi, m_row, T, BLOCK_N)
     seed = tl.load(p_seed) if DROPOUT else 0
 
+    DTYPE: tl.constexpr = p_out.dtype if TMA else p_out.dtype.element_ty
+    i_hkv = i_h // GROUP
+    strides_q = strides_of(stride_qb, stride_qh, stride_qm, VECTOR)
+    strides_k = strides_of(stride_kb, stride_kh, stride_kn, VECTOR)
+    strides_v = strides_of(stride_vb, stride_vh, stride_vn, VECTOR)
     # [BLOCK_M, BLOCK_D]
-    p_qt = p_q + i_b * stride_qb + i_h * stride_qh + o_m64[:, None] * stride_qm + o_d[None, :]
-    b_q = tl.load(p_qt, mask=m_m[:, None] & m_d[None, :], other=0.0)
-    if WIDEN:
-        b_q = b_q.to(tl.float32)
-    p_kh = p_k + i_b * stride_kb + (i_h // GROUP) * stride_kh
-    p_vh = p_v + i_b * stride_vb + (i_h // GROUP) * stride_vh
+    b_q = load_rows(
+        p_q, strides_q, i_b, i_h, i_m * BLOCK_M, S, D, BLOCK_M, BLOCK_D, True, WIDEN, TMA
+    )
     b_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     b_sum = tl.zeros([BLOCK_M], tl.float32)
     # fmt: off
     b_acc, b_max, b_sum = _attend(
-        b_acc, b_max, b_sum, b_q, p_kh, p_vh, stride_kn, stride_vn, b_lo, b_hi,
-        i_start, tl.minimum(i_full, i_end), T, scale, scale_cap, seed, threshold,
-        i_bh, o_m, o_d, m_d, BLOCK_N, True, D != BLOCK_D, SOFTCAP, DROPOUT, WIDEN, PRECISION,
+        b_acc, b_max, b_sum, b_q, p_k, p_v, strides_k, strides_v, b_lo, b_hi, i_start,
+        tl.minimum(i_full, i_end), T, scale, scale_cap, seed, threshold, i_b, i_hkv, i_bh, o_m, D,
+        BLOCK_D, BLOCK_N, DTYPE, True, SOFTCAP, DROPOUT, WIDEN, PRECISION, TMA,
     )
     b_acc, b_max, b_sum = _attend(
-        b_acc, b_max, b_sum, b_q, p_kh, p_vh, stride_kn, stride_vn, b_lo, b_hi,
-        i_full, tl.minimum(i_part, i_end), T, scale, scale_cap, seed, threshold,
-        i_bh, o_m, o_d, m_d, BLOCK_N, False, D != BLOCK_D, SOFTCAP, DROPOUT, WIDEN, PRECISION,
+        b_acc, b_max, b_sum, b_q, p_k, p_v, strides_k, strides_v, b_lo, b_hi, i_full,
+        tl.minimum(i_part, i_end), T, scale, scale_cap, seed, threshold, i_b, i_hkv, i_bh, o_m, D,
+        BLOCK_D, BLOCK_N, DTYPE, False, SOFTCAP, DROPOUT, WIDEN, PRECISION, TMA,
     )
     b_acc, b_max, b_sum = _attend(
-        b_acc, b_max, b_sum, b_q, p_kh, p_vh, stride_kn, stride_vn, b_lo, b_hi,
-        i_part, i_end, T, scale, scale_cap, seed, threshold,
-        i_bh, o_m, o_d, m_d, BLOCK_N, True, D != BLOCK_D, SOFTCAP, DROPOUT, WIDEN, PRECISION,
+        b_acc, b_max, b_sum, b_q, p_k, p_v, strides_k, strides_v, b_lo, b_hi, i_part, i_end, T,
+        scale, scale_cap, seed, threshold, i_b, i_hkv, i_bh, o_m, D, BLOCK_D, BLOCK_N, DTYPE, True,
+        SOFTCAP, DROPOUT, WIDEN, PRECISION, TMA,
     )
     # fmt: on
     b_acc = tl.where(m_row[:, None], b_acc, 0.0)
@@ -222,12 +220,12 @@ def attention_forward(
     if DROPOUT:
         b_out = b_out * scale_kept
     b_lse = (b_max + tl.log2(b_sum)) * LN_2
-    p_ot = p_out + i_b * stride_ob + i_h * stride_oh + o_m64[:, None] * stride_om + o_d[None, :]
-    tl.store(p_ot, b_out.to(p_out.dtype.element_ty), mask=m_m[:, None] & m_d[None, :])
-    tl.store(p_lse + i_bh * S + o_m64, b_lse, mask=m_m)
+    strides_o = strides_of(stride_ob, stride_oh, stride_om, VECTOR)
+    store_rows(p_out, strides_o, b_out, i_b, i_h, i_m * BLOCK_M, S, D, BLOCK_M, BLOCK_D, DTYPE, TMA)
+    tl.store(p_lse + i_bh.to(tl.int64) * S + o_m, b_lse, mask=m_m)
 
 
-def config(dtype: torch.dtype, block_d: int, hip: bool = HIP) -> dict[str, int]:
+def config(dtype: torch.dtype, block_d: int, target: str) -> tuning.Config:
     """Tile, warps and pipeline stages.
 
     Chosen from what ptxas reports for sm_80 and sm_90, not yet from a clock (issue 4 measures):
@@ -249,7 +247,7 @@ def config(dtype: torch.dtype, block_d: int, hip: bool = HIP) -> dict[str, int]:
         tile = {"BLOCK_M": 128, "BLOCK_N": 32, "num_warps": 8, "num_stages": 3}
     else:
         tile = {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
-    return warps_of(tile, hip)
+    return for_target(tile, target)
 
 
 def launch(
@@ -274,23 +272,22 @@ def launch(
         return out, lse
     lo, hi, bound_strides = both_bounds(lo, hi, T)
     threshold, scale_kept = dropout_scales(dropout_p)
-    tile = config(q.dtype, block_d(D))
+    tma = has_tma(_triton.target(q.device)) and describable(q, k, v, out)
+    tile = choose("attention_forward", q, T, softcap, dropout_p, tma, config)
+    vector = vector_of(q, k, v, out)
     grid = (triton.cdiv(S, tile["BLOCK_M"]) * B * H,)
     with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]
         attention_forward[grid](
-            q,
-            k,
-            v,
+            operand(q, tile, "BLOCK_M"),
+            operand(k, tile, "BLOCK_N"),
+            operand(v, tile, "BLOCK_N"),
             lo,
             hi,
             None if sinks is None else sinks.contiguous(),
             seed,
-            out,
+            operand(out, tile, "BLOCK_M"),
             lse,
-            *q.stride()[:3],
-            *k.stride()[:3],
-            *v.stride()[:3],
-            *out.stride()[:3],
+            *(stride for x in (q, k, v, out) for stride in steps(x, vector)),
             *bound_strides,
             H,
             S,
@@ -310,6 +307,7 @@ def launch(
             DROPOUT=dropout_p > 0,
             WIDEN=_triton.must_widen(q.dtype),
             PRECISION=_triton.dot_precision(),
+            VECTOR=vector,
             **tile,
         )
     return out, lse

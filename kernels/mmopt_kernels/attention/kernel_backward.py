@@ -14,19 +14,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmopt_kernels import _triton
+from mmopt_kernels import _triton, tuning
 from mmopt_kernels.attention.tiles import (
-    HIP,
     LOG2_E,
     block_d,
     both_bounds,
+    choose,
+    describable,
     dropout_scales,
+    for_target,
+    has_tma,
     kept,
     key_ranges,
+    load_rows,
+    operand,
     row_bounds,
     score_scales,
+    steps,
+    store_rows,
+    strides_of,
     tanh,
-    warps_of,
+    vector_of,
 )
 
 # Runs of query tiles kept for a key block. Where bounds never decrease from row to row, two are
@@ -67,6 +75,7 @@ def attention_backward_rows(
     INTERVALS: tl.constexpr,
     CAUSAL: tl.constexpr,
     DLSE: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):
     """Row terms of every (b, head, query tile), and the tile's bounds once for each b.
 
@@ -81,8 +90,6 @@ def attention_backward_rows(
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     m_m = o_m < S
     o_m64 = o_m.to(tl.int64)
-    o_d = tl.arange(0, BLOCK_D)
-    m_md = m_m[:, None] & (o_d < D)[None, :]
     # fmt: off
     b_lo, b_hi = row_bounds(
         p_lo, p_hi, stride_lob, stride_lom, stride_hib, stride_him, i_b, o_m, m_m, S, T,
@@ -91,10 +98,15 @@ def attention_backward_rows(
     # fmt: on
     m_row = m_m & (b_lo < b_hi)
     # [BLOCK_M, BLOCK_D]
-    p_ot = p_out + i_b * stride_ob + i_h * stride_oh + o_m64[:, None] * stride_om + o_d[None, :]
-    p_gt = p_do + i_b * stride_gb + i_h * stride_gh + o_m64[:, None] * stride_gm + o_d[None, :]
-    b_out = tl.load(p_ot, mask=m_md, other=0.0).to(tl.float32)
-    b_do = tl.load(p_gt, mask=m_md, other=0.0).to(tl.float32)
+    strides_o = strides_of(stride_ob, stride_oh, stride_om, VECTOR)
+    strides_g = strides_of(stride_gb, stride_gh, stride_gm, VECTOR)
+    i_row = i_m * BLOCK_M
+    b_out = load_rows(
+        p_out, strides_o, i_b, i_h, i_row, S, D, BLOCK_M, BLOCK_D, True, False, False
+    ).to(tl.float32)
+    b_do = load_rows(
+        p_do, strides_g, i_b, i_h, i_row, S, D, BLOCK_M, BLOCK_D, True, False, False
+    ).to(tl.float32)
     # [BLOCK_M]
     b_delta = tl.sum(b_out * b_do, 1)
     if DLSE:
@@ -184,10 +196,8 @@ def _key_gradients(
     p_delta,
     p_lo,
     p_hi,
-    stride_qh,
-    stride_qm,
-    stride_gh,
-    stride_gm,
+    strides_q,
+    strides_g,
     stride_lob,
     stride_lom,
     stride_hib,
@@ -195,6 +205,7 @@ def _key_gradients(
     i_start,
     i_end,
     i_b,
+    i_h,
     i_bh,
     S,
     T,
@@ -204,54 +215,52 @@ def _key_gradients(
     seed,
     threshold,
     o_n,
-    o_d,
-    m_d,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    DTYPE: tl.constexpr,
     GROUP: tl.constexpr,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
     MASKED: tl.constexpr,
     INTERVALS: tl.constexpr,
     CAUSAL: tl.constexpr,
-    PADDED: tl.constexpr,
     SOFTCAP: tl.constexpr,
     DROPOUT: tl.constexpr,
     WIDEN: tl.constexpr,
     PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     """Add what query tiles [i_start, i_end) of the group's heads give to a key block's gradients.
 
-    Pointers are those of the group's first head. One loop over heads and tiles, so that loads
-    are prefetched across heads. Without MASKED the tiles are whole and see the whole block.
+    i_h, i_bh and the pointers of the row terms are those of the group's first head. One loop over
+    heads and tiles, so that loads are prefetched across heads. Without MASKED the tiles are whole
+    and see the whole block.
     """
     n_tiles = i_end - i_start
     for i_t in range(n_tiles * GROUP):
-        i_g = (i_t // n_tiles).to(tl.int64) if GROUP > 1 else 0
-        i_m = i_start + (i_t % n_tiles if GROUP > 1 else i_t)
-        o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
-        o_m64 = o_m.to(tl.int64)
+        i_g = i_t // n_tiles if GROUP > 1 else 0 * i_t
+        i_qh = i_h + i_g
+        i_row = (i_start + (i_t % n_tiles if GROUP > 1 else i_t)) * BLOCK_M
+        o_m = i_row + tl.arange(0, BLOCK_M)
         m_m = o_m < S
         # [BLOCK_M, BLOCK_D]
-        p_qt = p_q + i_g * stride_qh + o_m64[:, None] * stride_qm + o_d[None, :]
-        p_gt = p_do + i_g * stride_gh + o_m64[:, None] * stride_gm + o_d[None, :]
-        p_lt = p_lse2 + i_g * S + o_m64
-        p_dt = p_delta + i_g * S + o_m64
+        b_q = load_rows(
+            p_q, strides_q, i_b, i_qh, i_row, S, D, BLOCK_M, BLOCK_D, MASKED, WIDEN, TMA
+        )
+        b_do = load_rows(
+            p_do, strides_g, i_b, i_qh, i_row, S, D, BLOCK_M, BLOCK_D, MASKED, WIDEN, TMA
+        )
+        o_lt = tl.cast(i_g, tl.int64) * S + o_m
+        p_lt = p_lse2 + o_lt
+        p_dt = p_delta + o_lt
         if MASKED:
             # An absent row has lse2 = inf like an empty one: its probabilities are 0.
-            b_q = tl.load(p_qt, mask=m_m[:, None] & m_d[None, :], other=0.0)
-            b_do = tl.load(p_gt, mask=m_m[:, None] & m_d[None, :], other=0.0)
             b_lse2 = tl.load(p_lt, mask=m_m, other=float("inf"))
             b_delta = tl.load(p_dt, mask=m_m, other=0.0)
         else:
-            if PADDED:
-                b_q = tl.load(p_qt, mask=m_d[None, :], other=0.0)
-                b_do = tl.load(p_gt, mask=m_d[None, :], other=0.0)
-            else:
-                b_q = tl.load(p_qt)
-                b_do = tl.load(p_gt)
             b_lse2 = tl.load(p_lt)
             b_delta = tl.load(p_dt)
-        if WIDEN:
-            b_q = b_q.to(tl.float32)
-            b_do = b_do.to(tl.float32)
         # [BLOCK_N, BLOCK_M], transposed so that both products below take their left side from
         # registers.
         b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * scale
@@ -276,13 +285,15 @@ def _key_gradients(
             b_pv = tl.where(m_kept, b_p, 0.0)
         else:
             b_pv = b_p
-        b_pv = b_pv.to(p_do.dtype.element_ty).to(b_do.dtype)
-        b_dv = tl.dot(b_pv, b_do, b_dv, input_precision=PRECISION)
-        b_ds = b_p * (b_dp - b_delta[None, :])
-        if SOFTCAP:
-            b_ds = b_ds * (1.0 - b_tanh * b_tanh)
-        b_ds = b_ds.to(p_q.dtype.element_ty).to(b_q.dtype)
-        b_dk = tl.dot(b_ds, b_q, b_dk, input_precision=PRECISION)
+        if DV:
+            b_pv = b_pv.to(DTYPE).to(b_do.dtype)
+            b_dv = tl.dot(b_pv, b_do, b_dv, input_precision=PRECISION)
+        if DK:
+            b_ds = b_p * (b_dp - b_delta[None, :])
+            if SOFTCAP:
+                b_ds = b_ds * (1.0 - b_tanh * b_tanh)
+            b_ds = b_ds.to(DTYPE).to(b_q.dtype)
+            b_dk = tl.dot(b_ds, b_q, b_dk, input_precision=PRECISION)
     return b_dk, b_dv
 
 
@@ -336,45 +347,50 @@ def attention_backward_dkdv(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     RUNS: tl.constexpr,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
     INTERVALS: tl.constexpr,
     CAUSAL: tl.constexpr,
     SOFTCAP: tl.constexpr,
     DROPOUT: tl.constexpr,
     WIDEN: tl.constexpr,
     PRECISION: tl.constexpr,
+    VECTOR: tl.constexpr,
+    TMA: tl.constexpr,
 ):
-    """dK and dV of one (b, key head, key block), summed over the group's query heads."""
+    """dK and dV of one (b, key head, key block), summed over the group's query heads.
+
+    Without DK or without DV only the other: what nothing uses is not computed.
+    """
     n_n = tl.cdiv(T, BLOCK_N)
-    i_bh = (tl.program_id(0) // n_n).to(tl.int64)
+    i_bh = tl.program_id(0) // n_n
     i_b = i_bh // H
     i_h = i_bh % H
     i_n = tl.program_id(0) % n_n
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    o_n64 = o_n.to(tl.int64)
-    o_d = tl.arange(0, BLOCK_D)
-    m_d = o_d < D
-    m_nd = (o_n < T)[:, None] & m_d[None, :]
+    DTYPE: tl.constexpr = p_dk.dtype if TMA else p_dk.dtype.element_ty
+    strides_q = strides_of(stride_qb, stride_qh, stride_qm, VECTOR)
+    strides_k = strides_of(stride_kb, stride_kh, stride_kn, VECTOR)
+    strides_v = strides_of(stride_vb, stride_vh, stride_vn, VECTOR)
+    strides_g = strides_of(stride_gb, stride_gh, stride_gm, VECTOR)
     # [BLOCK_N, BLOCK_D]
-    p_kt = p_k + i_b * stride_kb + i_h * stride_kh + o_n64[:, None] * stride_kn + o_d[None, :]
-    p_vt = p_v + i_b * stride_vb + i_h * stride_vh + o_n64[:, None] * stride_vn + o_d[None, :]
-    b_k = tl.load(p_kt, mask=m_nd, other=0.0)
-    b_v = tl.load(p_vt, mask=m_nd, other=0.0)
-    if WIDEN:
-        b_k = b_k.to(tl.float32)
-        b_v = b_v.to(tl.float32)
+    b_k = load_rows(
+        p_k, strides_k, i_b, i_h, i_n * BLOCK_N, T, D, BLOCK_N, BLOCK_D, True, WIDEN, TMA
+    )
+    b_v = load_rows(
+        p_v, strides_v, i_b, i_h, i_n * BLOCK_N, T, D, BLOCK_N, BLOCK_D, True, WIDEN, TMA
+    )
     b_dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     b_dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     # The group's first query head, of H * GROUP; heads of one sequence lie S rows apart in lse2.
     i_qbh = i_bh * GROUP
-    p_q += i_b * stride_qb + i_h * GROUP * stride_qh
-    p_do += i_b * stride_gb + i_h * GROUP * stride_gh
-    p_lse2 += i_qbh * S
-    p_delta += i_qbh * S
+    p_lse2 += i_qbh.to(tl.int64) * S
+    p_delta += i_qbh.to(tl.int64) * S
     seed = tl.load(p_seed) if DROPOUT else 0
     n_m = tl.cdiv(S, BLOCK_M)
     for i_run in range(RUNS):
         if INTERVALS:
-            p_run = p_runs + ((i_b * n_n + i_n) * RUNS + i_run) * 3
+            p_run = p_runs + ((i_b.to(tl.int64) * n_n + i_n) * RUNS + i_run) * 3
             i_start = tl.load(p_run)
             i_free = tl.load(p_run + 1)
             i_end = tl.load(p_run + 2)
@@ -395,27 +411,31 @@ def attention_backward_dkdv(
                 i_end = n_m
         # fmt: off
         b_dk, b_dv = _key_gradients(
-            b_dk, b_dv, b_k, b_v, p_q, p_do, p_lse2, p_delta, p_lo, p_hi, stride_qh, stride_qm,
-            stride_gh, stride_gm, stride_lob, stride_lom, stride_hib, stride_him, i_start, i_free,
-            i_b, i_qbh, S, T, scale, scale_cap, scale_kept, seed, threshold, o_n, o_d, m_d,
-            BLOCK_M, GROUP, True, INTERVALS, CAUSAL, D != BLOCK_D, SOFTCAP, DROPOUT, WIDEN,
-            PRECISION,
+            b_dk, b_dv, b_k, b_v, p_q, p_do, p_lse2, p_delta, p_lo, p_hi, strides_q, strides_g,
+            stride_lob, stride_lom, stride_hib, stride_him, i_start, i_free, i_b, i_h * GROUP,
+            i_qbh, S, T, scale, scale_cap, scale_kept, seed, threshold, o_n, D, BLOCK_D, BLOCK_M,
+            DTYPE, GROUP, DK, DV, True, INTERVALS, CAUSAL, SOFTCAP, DROPOUT, WIDEN, PRECISION, TMA,
         )
         b_dk, b_dv = _key_gradients(
-            b_dk, b_dv, b_k, b_v, p_q, p_do, p_lse2, p_delta, p_lo, p_hi, stride_qh, stride_qm,
-            stride_gh, stride_gm, stride_lob, stride_lom, stride_hib, stride_him, i_free, i_end,
-            i_b, i_qbh, S, T, scale, scale_cap, scale_kept, seed, threshold, o_n, o_d, m_d,
-            BLOCK_M, GROUP, False, INTERVALS, CAUSAL, D != BLOCK_D, SOFTCAP, DROPOUT, WIDEN,
-            PRECISION,
+            b_dk, b_dv, b_k, b_v, p_q, p_do, p_lse2, p_delta, p_lo, p_hi, strides_q, strides_g,
+            stride_lob, stride_lom, stride_hib, stride_him, i_free, i_end, i_b, i_h * GROUP, i_qbh,
+            S, T, scale, scale_cap, scale_kept, seed, threshold, o_n, D, BLOCK_D, BLOCK_M, DTYPE,
+            GROUP, DK, DV, False, INTERVALS, CAUSAL, SOFTCAP, DROPOUT, WIDEN, PRECISION, TMA,
         )
         # fmt: on
-    b_dk = b_dk * scale_dk
-    if DROPOUT:
-        b_dv = b_dv * scale_kept
-    p_kt = p_dk + i_b * stride_dkb + i_h * stride_dkh + o_n64[:, None] * stride_dkn + o_d[None, :]
-    p_vt = p_dv + i_b * stride_dvb + i_h * stride_dvh + o_n64[:, None] * stride_dvn + o_d[None, :]
-    tl.store(p_kt, b_dk.to(p_dk.dtype.element_ty), mask=m_nd)
-    tl.store(p_vt, b_dv.to(p_dv.dtype.element_ty), mask=m_nd)
+    strides_dk = strides_of(stride_dkb, stride_dkh, stride_dkn, VECTOR)
+    strides_dv = strides_of(stride_dvb, stride_dvh, stride_dvn, VECTOR)
+    if DK:
+        b_dk = b_dk * scale_dk
+        store_rows(
+            p_dk, strides_dk, b_dk, i_b, i_h, i_n * BLOCK_N, T, D, BLOCK_N, BLOCK_D, DTYPE, TMA
+        )
+    if DV:
+        if DROPOUT:
+            b_dv = b_dv * scale_kept
+        store_rows(
+            p_dv, strides_dv, b_dv, i_b, i_h, i_n * BLOCK_N, T, D, BLOCK_N, BLOCK_D, DTYPE, TMA
+        )
 
 
 @triton.jit
@@ -427,8 +447,8 @@ def _query_gradient(
     b_delta,
     p_k,
     p_v,
-    stride_kn,
-    stride_vn,
+    strides_k,
+    strides_v,
     b_lo,
     b_hi,
     i_start,
@@ -439,17 +459,20 @@ def _query_gradient(
     scale_kept,
     seed,
     threshold,
+    i_b,
+    i_hkv,
     i_bh,
     o_m,
-    o_d,
-    m_d,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    DTYPE: tl.constexpr,
     MASKED: tl.constexpr,
-    PADDED: tl.constexpr,
     SOFTCAP: tl.constexpr,
     DROPOUT: tl.constexpr,
     WIDEN: tl.constexpr,
     PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     """Add what the keys [i_start, i_end) give to a query tile's gradient.
 
@@ -457,23 +480,9 @@ def _query_gradient(
     """
     for i_n in range(i_start, i_end, BLOCK_N):
         o_n = i_n + tl.arange(0, BLOCK_N)
-        o_n64 = o_n.to(tl.int64)
         # [BLOCK_N, BLOCK_D]
-        p_kt = p_k + o_n64[:, None] * stride_kn + o_d[None, :]
-        p_vt = p_v + o_n64[:, None] * stride_vn + o_d[None, :]
-        if MASKED:
-            m_n = o_n < T
-            b_k = tl.load(p_kt, mask=m_n[:, None] & m_d[None, :], other=0.0)
-            b_v = tl.load(p_vt, mask=m_n[:, None] & m_d[None, :], other=0.0)
-        elif PADDED:
-            b_k = tl.load(p_kt, mask=m_d[None, :], other=0.0)
-            b_v = tl.load(p_vt, mask=m_d[None, :], other=0.0)
-        else:
-            b_k = tl.load(p_kt)
-            b_v = tl.load(p_vt)
-        if WIDEN:
-            b_k = b_k.to(tl.float32)
-            b_v = b_v.to(tl.float32)
+        b_k = load_rows(p_k, strides_k, i_b, i_hkv, i_n, T, D, BLOCK_N, BLOCK_D, MASKED, WIDEN, TMA)
+        b_v = load_rows(p_v, strides_v, i_b, i_hkv, i_n, T, D, BLOCK_N, BLOCK_D, MASKED, WIDEN, TMA)
         # [BLOCK_M, BLOCK_N]
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale
         if SOFTCAP:
@@ -490,7 +499,7 @@ def _query_gradient(
         b_ds = b_p * (b_dp - b_delta[:, None])
         if SOFTCAP:
             b_ds = b_ds * (1.0 - b_tanh * b_tanh)
-        b_ds = b_ds.to(p_k.dtype.element_ty).to(b_k.dtype)
+        b_ds = b_ds.to(DTYPE).to(b_k.dtype)
         b_dq = tl.dot(b_ds, b_k, b_dq, input_precision=PRECISION)
     return b_dq
 
@@ -545,19 +554,17 @@ def attention_backward_dq(
     DROPOUT: tl.constexpr,
     WIDEN: tl.constexpr,
     PRECISION: tl.constexpr,
+    VECTOR: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     """dQ of one (b, head, query tile)."""
     n_m = tl.cdiv(S, BLOCK_M)
-    i_bh = (tl.program_id(0) // n_m).to(tl.int64)
+    i_bh = tl.program_id(0) // n_m
     i_b = i_bh // H
     i_h = i_bh % H
     i_m = tl.program_id(0) % n_m
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     m_m = o_m < S
-    o_m64 = o_m.to(tl.int64)
-    o_d = tl.arange(0, BLOCK_D)
-    m_d = o_d < D
-    m_md = m_m[:, None] & m_d[None, :]
     # fmt: off
     b_lo, b_hi = row_bounds(
         p_lo, p_hi, stride_lob, stride_lom, stride_hib, stride_him, i_b, o_m, m_m, S, T,
@@ -567,50 +574,51 @@ def attention_backward_dq(
     i_start, i_full, i_part, i_end = key_ranges(b_lo, b_hi, m_m & (b_lo < b_hi), T, BLOCK_N)
     seed = tl.load(p_seed) if DROPOUT else 0
 
+    DTYPE: tl.constexpr = p_dq.dtype if TMA else p_dq.dtype.element_ty
+    i_hkv = i_h // GROUP
+    strides_q = strides_of(stride_qb, stride_qh, stride_qm, VECTOR)
+    strides_k = strides_of(stride_kb, stride_kh, stride_kn, VECTOR)
+    strides_v = strides_of(stride_vb, stride_vh, stride_vn, VECTOR)
+    strides_g = strides_of(stride_gb, stride_gh, stride_gm, VECTOR)
     # [BLOCK_M, BLOCK_D]
-    p_qt = p_q + i_b * stride_qb + i_h * stride_qh + o_m64[:, None] * stride_qm + o_d[None, :]
-    p_gt = p_do + i_b * stride_gb + i_h * stride_gh + o_m64[:, None] * stride_gm + o_d[None, :]
-    b_q = tl.load(p_qt, mask=m_md, other=0.0)
-    b_do = tl.load(p_gt, mask=m_md, other=0.0)
-    if WIDEN:
-        b_q = b_q.to(tl.float32)
-        b_do = b_do.to(tl.float32)
+    b_q = load_rows(
+        p_q, strides_q, i_b, i_h, i_m * BLOCK_M, S, D, BLOCK_M, BLOCK_D, True, WIDEN, TMA
+    )
+    b_do = load_rows(
+        p_do, strides_g, i_b, i_h, i_m * BLOCK_M, S, D, BLOCK_M, BLOCK_D, True, WIDEN, TMA
+    )
     # Absent rows like empty ones: all probabilities 0.
-    b_lse2 = tl.load(p_lse2 + i_bh * S + o_m64, mask=m_m, other=float("inf"))
-    b_delta = tl.load(p_delta + i_bh * S + o_m64, mask=m_m, other=0.0)
-    p_kh = p_k + i_b * stride_kb + (i_h // GROUP) * stride_kh
-    p_vh = p_v + i_b * stride_vb + (i_h // GROUP) * stride_vh
+    b_lse2 = tl.load(p_lse2 + i_bh.to(tl.int64) * S + o_m, mask=m_m, other=float("inf"))
+    b_delta = tl.load(p_delta + i_bh.to(tl.int64) * S + o_m, mask=m_m, other=0.0)
     b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     # fmt: off
     b_dq = _query_gradient(
-        b_dq, b_q, b_do, b_lse2, b_delta, p_kh, p_vh, stride_kn, stride_vn, b_lo, b_hi,
-        i_start, tl.minimum(i_full, i_end), T, scale, scale_cap, scale_kept, seed, threshold,
-        i_bh, o_m, o_d, m_d, BLOCK_N, True, D != BLOCK_D, SOFTCAP, DROPOUT, WIDEN, PRECISION,
+        b_dq, b_q, b_do, b_lse2, b_delta, p_k, p_v, strides_k, strides_v, b_lo, b_hi, i_start,
+        tl.minimum(i_full, i_end), T, scale, scale_cap, scale_kept, seed, threshold, i_b, i_hkv,
+        i_bh, o_m, D, BLOCK_D, BLOCK_N, DTYPE, True, SOFTCAP, DROPOUT, WIDEN, PRECISION, TMA,
     )
     b_dq = _query_gradient(
-        b_dq, b_q, b_do, b_lse2, b_delta, p_kh, p_vh, stride_kn, stride_vn, b_lo, b_hi,
-        i_full, tl.minimum(i_part, i_end), T, scale, scale_cap, scale_kept, seed, threshold,
-        i_bh, o_m, o_d, m_d, BLOCK_N, False, D != BLOCK_D, SOFTCAP, DROPOUT, WIDEN, PRECISION,
+        b_dq, b_q, b_do, b_lse2, b_delta, p_k, p_v, strides_k, strides_v, b_lo, b_hi, i_full,
+        tl.minimum(i_part, i_end), T, scale, scale_cap, scale_kept, seed, threshold, i_b, i_hkv,
+        i_bh, o_m, D, BLOCK_D, BLOCK_N, DTYPE, False, SOFTCAP, DROPOUT, WIDEN, PRECISION, TMA,
     )
     b_dq = _query_gradient(
-        b_dq, b_q, b_do, b_lse2, b_delta, p_kh, p_vh, stride_kn, stride_vn, b_lo, b_hi,
-        i_part, i_end, T, scale, scale_cap, scale_kept, seed, threshold,
-        i_bh, o_m, o_d, m_d, BLOCK_N, True, D != BLOCK_D, SOFTCAP, DROPOUT, WIDEN, PRECISION,
+        b_dq, b_q, b_do, b_lse2, b_delta, p_k, p_v, strides_k, strides_v, b_lo, b_hi, i_part, i_end,
+        T, scale, scale_cap, scale_kept, seed, threshold, i_b, i_hkv, i_bh, o_m, D, BLOCK_D,
+        BLOCK_N, DTYPE, True, SOFTCAP, DROPOUT, WIDEN, PRECISION, TMA,
     )
     # fmt: on
-    p_qt = p_dq + i_b * stride_dqb + i_h * stride_dqh + o_m64[:, None] * stride_dqm + o_d[None, :]
-    tl.store(p_qt, (b_dq * scale_dq).to(p_dq.dtype.element_ty), mask=m_md)
+    strides_dq = strides_of(stride_dqb, stride_dqh, stride_dqm, VECTOR)
+    b_dq = b_dq * scale_dq
+    store_rows(p_dq, strides_dq, b_dq, i_b, i_h, i_m * BLOCK_M, S, D, BLOCK_M, BLOCK_D, DTYPE, TMA)
 
 
-def config_dkdv(dtype: torch.dtype, block_d: int, hip: bool = HIP) -> dict[str, int]:
-    """Tile, warps and pipeline stages of the dK/dV pass.
+def config_dkdv(dtype: torch.dtype, block_d: int, target: str) -> tuning.Config:
+    """Tile, warps and pipeline stages of the dK/dV pass, where no table has any.
 
-    Chosen like the forward's: the largest tiles, 64 keys or more in 16 bits because Hopper's
-    wgmma needs 64 rows, that spill nothing or next to it, in at most 99 KiB of shared memory.
-    sm_90 spills nothing up to 128 (8 to 32 bytes with dropout); above, 104 bytes (152 with every
-    feature) are the price of wgmma: 32 x 32 spills nothing but falls back to mma.sync. sm_80
-    spills 16 to 32 bytes up to 128, where half as many queries would spill nothing but wait
-    twice as often.
+    Chosen like the forward's: the largest tiles that spill nothing on sm_80 and sm_120 in 16 bits
+    with every feature (above 128 and with dropout 24 bytes on sm_80), in at most 83 KiB of shared
+    memory.
     """
     if dtype == torch.float32:
         if block_d <= 64:
@@ -620,18 +628,19 @@ def config_dkdv(dtype: torch.dtype, block_d: int, hip: bool = HIP) -> dict[str, 
         else:
             tile = {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 8, "num_stages": 1}
     elif block_d <= 64:
-        tile = {"BLOCK_M": 64, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3}
-    elif block_d <= 128:
         tile = {"BLOCK_M": 32, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2}
+    elif block_d <= 128:
+        tile = {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
     else:
         tile = {"BLOCK_M": 16, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
-    if hip:
-        # Prefetching two tiles takes registers there, not shared memory: 700 spill at 64 x 128.
+    tile["SPLIT"] = False
+    if target.startswith("gfx"):
+        # Prefetching takes registers there, not shared memory.
         tile["num_stages"] = 1
-    return warps_of(tile, hip)
+    return for_target(tile, target)
 
 
-def config_dq(dtype: torch.dtype, block_d: int, hip: bool = HIP) -> dict[str, int]:
+def config_dq(dtype: torch.dtype, block_d: int, target: str) -> tuning.Config:
     """Tile, warps and pipeline stages of the dQ pass.
 
     Chosen like the forward's: nothing spills on sm_80 and sm_90 (dropout above 128: 8 bytes), in
@@ -650,7 +659,7 @@ def config_dq(dtype: torch.dtype, block_d: int, hip: bool = HIP) -> dict[str, in
         tile = {"BLOCK_M": 128, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
     else:
         tile = {"BLOCK_M": 64, "BLOCK_N": 16, "num_warps": 8, "num_stages": 2}
-    return warps_of(tile, hip)
+    return for_target(tile, target)
 
 
 def launch_backward(
@@ -687,7 +696,12 @@ def launch_backward(
     intervals = lo is not None
     threshold, scale_kept = dropout_scales(dropout_p)
     scales = (*score_scales(scale, softcap), scale, scale_kept, threshold)
-    over_keys, over_queries = config_dkdv(q.dtype, block_d(D)), config_dq(q.dtype, block_d(D))
+    tma = has_tma(_triton.target(q.device)) and describable(q, k, v, grad_out, dq, dk, dv)
+    asked = (q, T, softcap, dropout_p, tma)
+    over_keys = choose("attention_backward_dkdv", *asked, config_dkdv)
+    over_queries = choose("attention_backward_dq", *asked, config_dq)
+    over_keys = dict(over_keys)
+    passes = ("dv", "dk") if over_keys.pop("SPLIT") else ("both",)
     block_m, block_n = over_keys["BLOCK_M"], over_keys["BLOCK_N"]
     n_m, n_n = triton.cdiv(S, block_m), triton.cdiv(T, block_n)
     delta, lse2 = torch.empty_like(lse), torch.empty_like(lse)
@@ -706,7 +720,9 @@ def launch_backward(
         "WIDEN": _triton.must_widen(q.dtype),
         "PRECISION": _triton.dot_precision(),
     }
-    operands = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:3])
+    vector = vector_of(q, k, v, grad_out, out, dq, dk, dv)
+    switches["VECTOR"] = vector
+    strides = [stride for x in (q, k, v, grad_out) for stride in steps(x, vector)]
     with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]
         attention_backward_rows[(n_m * B * H,)](
             out,
@@ -718,8 +734,8 @@ def launch_backward(
             delta,
             lse2,
             tiles,
-            *out.stride()[:3],
-            *grad_out.stride()[:3],
+            *steps(out, vector),
+            *steps(grad_out, vector),
             *bound_strides,
             H,
             S,
@@ -727,6 +743,7 @@ def launch_backward(
             LOG2_E=LOG2_E,
             BLOCK_M=block_m,
             DLSE=grad_lse is not None,
+            VECTOR=vector,
             **padded,
             **visible,
         )
@@ -735,44 +752,47 @@ def launch_backward(
                 attention_backward_runs[(n_n * B,)](
                     tiles, runs, S, T, BLOCK_M=block_m, BLOCK_N=block_n, RUNS=RUNS, SEARCH=SEARCH
                 )
-            attention_backward_dkdv[(n_n * B * Hkv,)](
-                q,
-                k,
-                v,
-                grad_out,
-                lse2,
-                delta,
-                lo,
-                hi,
-                runs,
-                seed,
-                dk,
-                dv,
-                *operands,
-                *dk.stride()[:3],
-                *dv.stride()[:3],
-                *bound_strides,
-                Hkv,
-                S,
-                T,
-                *scales,
-                RUNS=RUNS if intervals else 2,
-                **over_keys,
-                **switches,
-            )
+            for outputs in passes:
+                attention_backward_dkdv[(n_n * B * Hkv,)](
+                    operand(q, over_keys, "BLOCK_M"),
+                    operand(k, over_keys, "BLOCK_N"),
+                    operand(v, over_keys, "BLOCK_N"),
+                    operand(grad_out, over_keys, "BLOCK_M"),
+                    lse2,
+                    delta,
+                    lo,
+                    hi,
+                    runs,
+                    seed,
+                    operand(dk, over_keys, "BLOCK_N"),
+                    operand(dv, over_keys, "BLOCK_N"),
+                    *strides,
+                    *steps(dk, vector),
+                    *steps(dv, vector),
+                    *bound_strides,
+                    Hkv,
+                    S,
+                    T,
+                    *scales,
+                    RUNS=RUNS if intervals else 2,
+                    DK=outputs != "dv",
+                    DV=outputs != "dk",
+                    **over_keys,
+                    **switches,
+                )
         attention_backward_dq[(triton.cdiv(S, over_queries["BLOCK_M"]) * B * H,)](
-            q,
-            k,
-            v,
-            grad_out,
+            operand(q, over_queries, "BLOCK_M"),
+            operand(k, over_queries, "BLOCK_N"),
+            operand(v, over_queries, "BLOCK_N"),
+            operand(grad_out, over_queries, "BLOCK_M"),
             lse2,
             delta,
             lo,
             hi,
             seed,
-            dq,
-            *operands,
-            *dq.stride()[:3],
+            operand(dq, over_queries, "BLOCK_M"),
+            *strides,
+            *steps(dq, vector),
             *bound_strides,
             H,
             S,

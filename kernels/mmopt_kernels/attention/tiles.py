@@ -4,10 +4,15 @@
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from mmopt_kernels import _triton, tuning
 
 LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
@@ -31,6 +36,7 @@ def row_bounds(
 ):
     """The keys [lo, hi) that each row sees, inside [0, T]; nothing when lo >= hi."""
     if INTERVALS:
+        i_b = i_b.to(tl.int64)
         o_m64 = o_m.to(tl.int64)
         b_lo = tl.load(p_lo + i_b * stride_lob + o_m64 * stride_lom, mask=m_m, other=0)
         b_hi = tl.load(p_hi + i_b * stride_hib + o_m64 * stride_him, mask=m_m, other=0)
@@ -42,6 +48,83 @@ def row_bounds(
     if CAUSAL:
         b_hi = tl.minimum(b_hi, o_m + (T - S + 1))
     return b_lo, b_hi
+
+
+@triton.jit
+def strides_of(stride_b, stride_h, stride_n, VECTOR: tl.constexpr):
+    """In elements. VECTOR divides them, which Triton would not see of 72, say: only of 16."""
+    if VECTOR > 1:
+        stride_b = tl.to_tensor(stride_b).to(tl.int64) * VECTOR
+        stride_h = tl.to_tensor(stride_h).to(tl.int64) * VECTOR
+        stride_n = tl.to_tensor(stride_n).to(tl.int64) * VECTOR
+    return stride_b, stride_h, stride_n
+
+
+@triton.jit
+def load_rows(
+    p_x,
+    strides,
+    i_b,
+    i_h,
+    i_n,
+    N,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    MASKED: tl.constexpr,
+    WIDEN: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """[BLOCK_N, BLOCK_D]: rows from i_n on of one head, zeros beyond N and D.
+
+    p_x points to [B, H, N, D], whose strides are those of the first three; with TMA it is a
+    descriptor instead: the unit needs no address registers, and fills in the zeros itself.
+    Without MASKED all rows lie below N.
+    """
+    if TMA:
+        b_x = p_x.load([i_b, i_h, i_n, 0]).reshape([BLOCK_N, BLOCK_D])
+    else:
+        o_n = i_n + tl.arange(0, BLOCK_N)
+        o_d = tl.arange(0, BLOCK_D)
+        m_d = o_d < D
+        p_xh = p_x + i_b.to(tl.int64) * strides[0] + i_h.to(tl.int64) * strides[1]
+        p_xt = p_xh + o_n.to(tl.int64)[:, None] * strides[2] + o_d[None, :]
+        if MASKED:
+            b_x = tl.load(p_xt, mask=(o_n < N)[:, None] & m_d[None, :], other=0.0)
+        elif D != BLOCK_D:
+            b_x = tl.load(p_xt, mask=m_d[None, :], other=0.0)
+        else:
+            b_x = tl.load(p_xt)
+    if WIDEN:
+        b_x = b_x.to(tl.float32)
+    return b_x
+
+
+@triton.jit
+def store_rows(
+    p_x,
+    strides,
+    b_x,
+    i_b,
+    i_h,
+    i_n,
+    N,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    DTYPE: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """Write what `load_rows` would read, and nothing beyond N and D."""
+    b_x = b_x.to(DTYPE)
+    if TMA:
+        p_x.store([i_b, i_h, i_n, 0], b_x.reshape([1, 1, BLOCK_N, BLOCK_D]))
+    else:
+        o_n = i_n + tl.arange(0, BLOCK_N)
+        o_d = tl.arange(0, BLOCK_D)
+        p_xh = p_x + i_b.to(tl.int64) * strides[0] + i_h.to(tl.int64) * strides[1]
+        p_xt = p_xh + o_n.to(tl.int64)[:, None] * strides[2] + o_d[None, :]
+        tl.store(p_xt, b_x, mask=(o_n < N)[:, None] & (o_d < D)[None, :])
 
 
 @triton.jit
@@ -83,7 +166,7 @@ def kept(seed, i_bh, o_m, o_n, threshold):
     Counter (key, row, batch * heads + head, 0), first output word: no tile size enters, so every
     pass recomputes the same mask. threshold is the bit pattern of an unsigned number.
     """
-    b_x, _, _, _ = tl.philox(seed, o_n, o_m, i_bh.to(tl.int32), 0)
+    b_x, _, _, _ = tl.philox(seed, o_n, o_m, i_bh, 0)
     return b_x >= threshold.to(tl.uint32, bitcast=True)
 
 
@@ -92,16 +175,83 @@ def block_d(head_dim: int) -> int:
     return max(16, triton.next_power_of_2(head_dim))  # type: ignore[no-any-return]
 
 
-# PyTorch's build says which vendor's GPU the launchers will meet.
-HIP = torch.version.hip is not None
+def has_tma(target: str) -> bool:
+    """The target has a tensor memory accelerator: NVIDIA's from compute capability 9.0 on."""
+    return target.startswith("sm_") and int(target[3:]) >= 90
 
 
-def warps_of(tile: dict[str, int], hip: bool) -> dict[str, int]:
-    """The tile with as many threads on AMD, whose warps have 64 lanes instead of 32.
+def describable(*tensors: Tensor) -> bool:
+    """A TMA descriptor can describe each of these ``[B, H, N, D]``, whose last stride is 1.
 
-    With the warps of CUDA each would have half of the registers there, and spill hundreds.
+    The base and every stride must be multiples of 16 bytes (CUDA driver API,
+    cuTensorMapEncodeTiled). Of an expanded tensor, with a stride of 0, it says nothing.
     """
-    return tile | {"num_warps": tile["num_warps"] // 2} if hip else tile
+    for x in tensors:
+        if x.numel() == 0 or x.data_ptr() % 16:
+            return False
+        step = 16 // x.element_size()
+        for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True):
+            if size > 1 and (stride % step or stride == 0):
+                return False
+    return True
+
+
+def vector_of(*tensors: Tensor) -> int:
+    """What the kernels take as VECTOR: a number of elements that divides the strides of all.
+
+    1 where Triton finds out enough by itself: it asks of every stride whether 16 divides it.
+    """
+    strides = [stride for x in tensors for stride in steps(x)]
+    if all(stride % 16 == 0 for stride in strides):
+        return 1
+    return 16 // tensors[0].element_size() if describable(*tensors) else 1
+
+
+def steps(x: Tensor, vector: int = 1) -> list[int]:
+    """Strides of batch, head and row by vector elements; 0 where there is nowhere to step."""
+    pairs = zip(x.shape[:3], x.stride()[:3], strict=True)
+    return [stride // vector if size > 1 else 0 for size, stride in pairs]
+
+
+def operand(x: Tensor, tile: tuning.Config, rows: str) -> Tensor | TensorDescriptor:
+    """What `load_rows` and `store_rows` take of ``[B, H, N, D]``, by tile[rows] rows at a time.
+
+    With TMA a descriptor, in whatever order x is stored; Triton encodes it anew at every launch.
+    """
+    if not tile["TMA"]:
+        return x
+    width, sizes, strides = block_d(x.shape[3]), x.shape[:3], x.stride()[:3]
+    # No step is ever taken along a dimension of size 1, whose stride may be anything.
+    steps = [stride for n, stride in zip(sizes, strides, strict=True) if n > 1]
+    widest = max(steps, default=width)
+    spread = [stride if n > 1 else widest for n, stride in zip(sizes, strides, strict=True)]
+    return TensorDescriptor(x, list(x.shape), [*spread, 1], [1, 1, tile[rows], width])
+
+
+def choose(
+    kernel: str,
+    q: Tensor,
+    T: int,
+    softcap: float | None,
+    dropout_p: float,
+    tma: bool,
+    heuristic: Callable[[torch.dtype, int, str], tuning.Config],
+) -> tuning.Config:
+    """What the tables say for this launch, or else the heuristic. tma: descriptors are possible."""
+    target, width = _triton.target(q.device), block_d(q.shape[3])
+    features = (("dropout",) if dropout_p > 0 else ()) + (() if softcap is None else ("softcap",))
+    found = tuning.lookup(kernel, target, q.dtype, width, max(q.shape[2], T), features, tma)
+    return found or heuristic(q.dtype, width, target)
+
+
+def for_target(tile: dict[str, int], target: str) -> tuning.Config:
+    """A heuristic's tile, which loads through pointers, with as many threads on AMD's GPUs.
+
+    Their warps have 64 lanes instead of 32: with the warps of CUDA each would have half of the
+    registers there, and spill hundreds.
+    """
+    warps = tile["num_warps"] // (2 if target.startswith("gfx") else 1)
+    return tile | {"num_warps": warps, "TMA": False}
 
 
 def both_bounds(

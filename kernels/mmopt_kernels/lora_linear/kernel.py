@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmopt_kernels import _triton
+from mmopt_kernels import _triton, tuning
 from mmopt_kernels.lora_linear.ops import rows
 
 
@@ -92,42 +92,25 @@ def lora_linear_forward(
     tl.store(p_yt, b_acc.to(p_y.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])
 
 
-def config(dtype: torch.dtype, M: int, R: int) -> dict[str, int]:
+def config(dtype: torch.dtype, M: int) -> tuning.Config:
     """Tile, warps and pipeline stages.
 
     Chosen from what ptxas reports for sm_80 and sm_90, not yet from a clock (issue 5 measures):
     no spills, and at most the 96 KiB of shared memory that leave room in the 99 KiB that every
-    target from sm_80 on gives a block (64 KiB, all there is, on gfx942). Ranks above 64 are
-    looped over, so that the adapter's tiles stay small.
+    target from sm_80 on gives a block (64 KiB, all there is, on gfx942).
     """
-    block_r = min(64, max(16, triton.next_power_of_2(R)))
-    shared = {"BLOCK_R": block_r, "GROUP_M": 8}
     if dtype == torch.float32:
-        return {
-            "BLOCK_M": 64,
-            "BLOCK_N": 64,
-            "BLOCK_K": 32,
-            "num_warps": 4,
-            "num_stages": 2,
-            **shared,
-        }
-    if M <= 64:
-        return {
-            "BLOCK_M": 32,
-            "BLOCK_N": 128,
-            "BLOCK_K": 64,
-            "num_warps": 4,
-            "num_stages": 3,
-            **shared,
-        }
-    return {
-        "BLOCK_M": 128,
-        "BLOCK_N": 128,
-        "BLOCK_K": 64,
-        "num_warps": 8,
-        "num_stages": 3,
-        **shared,
-    }
+        tile = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
+    elif M <= 64:
+        tile = {"BLOCK_M": 32, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3}
+    else:
+        tile = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
+    return tile | {"GROUP_M": 8}
+
+
+def block_r(R: int) -> int:
+    """Ranks above 64 are looped over, so that the adapter's tiles stay small."""
+    return min(64, max(16, triton.next_power_of_2(R)))  # type: ignore[no-any-return]
 
 
 def launch(
@@ -139,7 +122,8 @@ def launch(
         # A skinny GEMM of R columns: the vendor's library splits it over K.
         s = x2 @ a.to(x.dtype).t()
     y = x.new_empty(M, N)
-    tile = config(x.dtype, M, R)
+    target, width = _triton.target(x.device), block_r(R)
+    tile = tuning.lookup("lora_linear_forward", target, x.dtype, width, M) or config(x.dtype, M)
     grid = (triton.cdiv(M, tile["BLOCK_M"]) * triton.cdiv(N, tile["BLOCK_N"]),)
     if y.numel():
         with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
@@ -161,6 +145,7 @@ def launch(
                 R,
                 scale,
                 BIAS=bias is not None,
+                BLOCK_R=width,
                 WIDEN=_triton.must_widen(x.dtype),
                 PRECISION=_triton.dot_precision(),
                 **tile,

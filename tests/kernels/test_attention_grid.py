@@ -191,9 +191,9 @@ def plainly(
     p = s.softmax(3).masked_fill(empty, 0.0)[..., : case.T]
     if case.dropout_p:
         bh = torch.arange(case.B * case.Hq, device=DEVICE).view(case.B, case.Hq, 1, 1)
-        i, j = (torch.arange(n, device=DEVICE) for n in (case.S, case.T))
+        i = torch.arange(case.S, device=DEVICE)[:, None]
         seed = torch.tensor([SEED], device=DEVICE)
-        p = p * keep_mask(seed, case.dropout_p, bh, i[:, None], j) / (1 - case.dropout_p)
+        p = p * keep_mask(seed, case.dropout_p, bh, i, 0, case.T) / (1 - case.dropout_p)
     out = p @ v.repeat_interleave(group, 1)
     loss = (out * grad.to(dtype)).sum()
     if case.through_lse:

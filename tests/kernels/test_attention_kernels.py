@@ -121,8 +121,8 @@ def tiles(
         yield asked
 
 
-def philox(seed: int, j: np.ndarray, i: np.ndarray, bh: np.ndarray) -> np.ndarray:
-    """The first word of Philox-4x32-10, in uint64 so that no product overflows."""
+def philox(seed: int, j: np.ndarray, i: np.ndarray, bh: np.ndarray) -> list[np.ndarray]:
+    """The words of Philox-4x32-10, in uint64 so that no product overflows."""
     low = np.uint64(0xFFFFFFFF)
     shape = np.broadcast_shapes(j.shape, i.shape, bh.shape)
     c = [np.broadcast_to(x, shape).astype(np.uint64) for x in (j, i, bh, np.zeros(1))]
@@ -132,7 +132,7 @@ def philox(seed: int, j: np.ndarray, i: np.ndarray, bh: np.ndarray) -> np.ndarra
         k0, k1 = np.uint64(key[0]), np.uint64(key[1])
         c = [(b >> np.uint64(32)) ^ c[1] ^ k0, b & low, (a >> np.uint64(32)) ^ c[3] ^ k1, a & low]
         key = [(key[0] + 0x9E3779B9) % 2**32, (key[1] + 0xBB67AE85) % 2**32]
-    return c[0]
+    return c
 
 
 def kept(case: Case) -> Tensor:
@@ -140,7 +140,10 @@ def kept(case: Case) -> Tensor:
     j, i = np.arange(case.T), np.arange(case.S)[:, None]
     bh = np.arange(case.B * case.Hq).reshape(case.B, case.Hq, 1, 1)
     threshold = min(round(case.dropout * 2**32), 2**32 - 1)
-    return torch.from_numpy(philox(SEED, j, i, bh) >= np.uint64(threshold)).to(DEVICE)
+    # Word j % 4 of the draw that four keys share.
+    words = np.stack(np.broadcast_arrays(*philox(SEED, j // 4, i, bh)))
+    drawn = np.take_along_axis(words, np.broadcast_to(j % 4, words.shape[1:])[None], 0)[0]
+    return torch.from_numpy(drawn >= np.uint64(threshold)).to(DEVICE)
 
 
 def plain_attention(

@@ -86,8 +86,8 @@ def test_philox_equals_tritons(seed: int) -> None:
 @pytest.mark.parametrize("dropout_p", [0.1, 0.5, 0.9])
 def test_keep_rate_is_within_binomial_bounds(dropout_p: float) -> None:
     """Five standard deviations: a right generator fails once in a million seeds; this is fixed."""
-    bh, i, j = torch.arange(4).view(4, 1, 1), torch.arange(200)[:, None], torch.arange(250)
-    keep = keep_mask(torch.tensor([11]), dropout_p, bh, i, j)
+    bh, i = torch.arange(4).view(4, 1, 1), torch.arange(200)[:, None]
+    keep = keep_mask(torch.tensor([11]), dropout_p, bh, i, 0, 250)
     assert keep.shape == (4, 200, 250)
     deviation = (dropout_p * (1 - dropout_p) / keep.numel()) ** 0.5
     assert abs(keep.double().mean().item() - (1 - dropout_p)) < 5 * deviation
@@ -95,6 +95,24 @@ def test_keep_rate_is_within_binomial_bounds(dropout_p: float) -> None:
 
 def test_extreme_probabilities_drop_nothing_or_almost_everything() -> None:
     """A probability that rounds to 2**32 / 2**32 still fits the unsigned 32-bit threshold."""
-    i, j, bh = torch.arange(50)[:, None], torch.arange(50), torch.tensor(0)
-    assert keep_mask(torch.tensor([5]), 0.0, bh, i, j).all()
-    assert not keep_mask(torch.tensor([5]), 1.0 - 2.0**-40, bh, i, j).any()
+    i, bh = torch.arange(50)[:, None], torch.tensor([0])
+    assert keep_mask(torch.tensor([5]), 0.0, bh, i, 0, 50).all()
+    assert not keep_mask(torch.tensor([5]), 1.0 - 2.0**-40, bh, i, 0, 50).any()
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, 23), (1, 2), (3, 4), (5, 23), (8, 16), (6, 6)])
+def test_a_range_of_keys_draws_what_all_keys_draw(start: int, stop: int) -> None:
+    """Four keys share a draw; a block may start and end within four."""
+    bh, i = torch.arange(3).view(3, 1, 1), torch.arange(7)[:, None]
+    every = keep_mask(torch.tensor([9]), 0.5, bh, i, 0, 23)
+    assert torch.equal(
+        keep_mask(torch.tensor([9]), 0.5, bh, i, start, stop), every[..., start:stop]
+    )
+
+
+def test_neighbouring_keys_are_dropped_independently() -> None:
+    """Of eight keys every pattern occurs as often as chance has it, within five deviations."""
+    keep = keep_mask(torch.tensor([3]), 0.5, torch.tensor([0]), torch.arange(40000)[:, None], 0, 8)
+    patterns = (keep * 2 ** torch.arange(8)).sum(1).bincount(minlength=256)
+    expected = 40000 / 256
+    assert (patterns - expected).abs().max() < 5 * expected**0.5

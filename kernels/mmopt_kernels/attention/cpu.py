@@ -359,9 +359,9 @@ def _drops(
         return None
     B, Hq, S, _ = q.shape
     bh = torch.arange(B * Hq).view(B, Hq, 1, 1)[block.sequences]
-    i, j = torch.arange(S)[block.rows, None], torch.arange(block.keys.start, block.keys.stop)
-    keep = keep_mask(seed, dropout_p, bh, i, j)
-    return keep.view_as(s).to(s.dtype).mul_(1.0 / (1.0 - dropout_p))
+    i = torch.arange(S)[block.rows, None]
+    keep = keep_mask(seed, dropout_p, bh, i, block.keys.start, block.keys.stop)
+    return keep.reshape(s.shape).to(s.dtype).mul_(1.0 / (1.0 - dropout_p))
 
 
 def _written_blocks(q: Tensor, k: Tensor, lower: Tensor, upper: Tensor) -> Iterator[Block]:

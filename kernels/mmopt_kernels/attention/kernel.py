@@ -93,7 +93,7 @@ def _attend(
         b_acc = b_acc * b_alpha[:, None]
         if DROPOUT:
             # After the sum, which dropout leaves alone.
-            b_p = tl.where(kept(seed, i_bh, o_m[:, None], o_n[None, :], threshold), b_p, 0.0)
+            b_p = tl.where(kept(seed, i_bh, o_m, i_n, threshold, BLOCK_N, False), b_p, 0.0)
         b_p = b_p.to(DTYPE)
         b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision=PRECISION)
         b_max = b_new

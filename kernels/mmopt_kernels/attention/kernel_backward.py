@@ -214,7 +214,7 @@ def _key_gradients(
     scale_kept,
     seed,
     threshold,
-    o_n,
+    i_col,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -237,6 +237,8 @@ def _key_gradients(
     heads and tiles, so that loads are prefetched across heads. Without MASKED the tiles are whole
     and see the whole block.
     """
+    BLOCK_N: tl.constexpr = b_k.shape[0]
+    o_n = i_col + tl.arange(0, BLOCK_N)
     n_tiles = i_end - i_start
     for i_t in range(n_tiles * GROUP):
         i_g = i_t // n_tiles if GROUP > 1 else 0 * i_t
@@ -280,7 +282,7 @@ def _key_gradients(
         # [BLOCK_N, BLOCK_M]
         b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
         if DROPOUT:
-            m_kept = kept(seed, i_bh + i_g, o_m[None, :], o_n[:, None], threshold)
+            m_kept = kept(seed, i_bh + i_g, o_m, i_col, threshold, BLOCK_N, True)
             b_dp = tl.where(m_kept, b_dp * scale_kept, 0.0)
             b_pv = tl.where(m_kept, b_p, 0.0)
         else:
@@ -367,7 +369,6 @@ def attention_backward_dkdv(
     i_b = i_bh // H
     i_h = i_bh % H
     i_n = tl.program_id(0) % n_n
-    o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     DTYPE: tl.constexpr = p_dk.dtype if TMA else p_dk.dtype.element_ty
     strides_q = strides_of(stride_qb, stride_qh, stride_qm, VECTOR)
     strides_k = strides_of(stride_kb, stride_kh, stride_kn, VECTOR)
@@ -413,14 +414,15 @@ def attention_backward_dkdv(
         b_dk, b_dv = _key_gradients(
             b_dk, b_dv, b_k, b_v, p_q, p_do, p_lse2, p_delta, p_lo, p_hi, strides_q, strides_g,
             stride_lob, stride_lom, stride_hib, stride_him, i_start, i_free, i_b, i_h * GROUP,
-            i_qbh, S, T, scale, scale_cap, scale_kept, seed, threshold, o_n, D, BLOCK_D, BLOCK_M,
-            DTYPE, GROUP, DK, DV, True, INTERVALS, CAUSAL, SOFTCAP, DROPOUT, WIDEN, PRECISION, TMA,
+            i_qbh, S, T, scale, scale_cap, scale_kept, seed, threshold, i_n * BLOCK_N, D, BLOCK_D,
+            BLOCK_M, DTYPE, GROUP, DK, DV, True, INTERVALS, CAUSAL, SOFTCAP, DROPOUT, WIDEN,
+            PRECISION, TMA,
         )
         b_dk, b_dv = _key_gradients(
             b_dk, b_dv, b_k, b_v, p_q, p_do, p_lse2, p_delta, p_lo, p_hi, strides_q, strides_g,
             stride_lob, stride_lom, stride_hib, stride_him, i_free, i_end, i_b, i_h * GROUP, i_qbh,
-            S, T, scale, scale_cap, scale_kept, seed, threshold, o_n, D, BLOCK_D, BLOCK_M, DTYPE,
-            GROUP, DK, DV, False, INTERVALS, CAUSAL, SOFTCAP, DROPOUT, WIDEN, PRECISION, TMA,
+            S, T, scale, scale_cap, scale_kept, seed, threshold, i_n * BLOCK_N, D, BLOCK_D, BLOCK_M,
+            DTYPE, GROUP, DK, DV, False, INTERVALS, CAUSAL, SOFTCAP, DROPOUT, WIDEN, PRECISION, TMA,
         )
         # fmt: on
     strides_dk = strides_of(stride_dkb, stride_dkh, stride_dkn, VECTOR)
@@ -494,7 +496,7 @@ def _query_gradient(
         b_p = tl.exp2(b_s - b_lse2[:, None])
         b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
         if DROPOUT:
-            m_kept = kept(seed, i_bh, o_m[:, None], o_n[None, :], threshold)
+            m_kept = kept(seed, i_bh, o_m, i_n, threshold, BLOCK_N, False)
             b_dp = tl.where(m_kept, b_dp * scale_kept, 0.0)
         b_ds = b_p * (b_dp - b_delta[:, None])
         if SOFTCAP:

@@ -52,18 +52,26 @@ def philox(
 
 
 def keep_mask(
-    seed: Tensor, dropout_p: float, sequence_head: Tensor, query: Tensor, key: Tensor
+    seed: Tensor, dropout_p: float, sequence_head: Tensor, query: Tensor, start: int, stop: int
 ) -> Tensor:
     """True where a key is kept, with probability ``1 - dropout_p`` to within ``2**-32``.
+
+    Four neighbouring keys share a draw: key j is decided by word ``j % 4`` for the counter
+    ``(j // 4, query, sequence_head, 0)``.
 
     Args:
         seed: int64, one element.
         dropout_p: the probability of a drop.
-        sequence_head: ``b * Hq + h``, int64.
-        query, key: the positions i and j, int64, of shapes that broadcast with it.
+        sequence_head: ``b * Hq + h``, int64, last axis of size 1.
+        query: the positions i, int64, of a shape that broadcasts with it, last axis of size 1.
+        start, stop: the keys, from the first to before the last.
 
     Returns:
-        bool, in the broadcast shape of the three.
+        bool ``[..., stop - start]``.
     """
     threshold = min(round(dropout_p * 2**32), _WORD)
-    return philox(seed, key, query, sequence_head, torch.zeros_like(key))[0] >= threshold
+    first = start // 4
+    fours = torch.arange(first, (stop + 3) // 4, device=query.device)
+    words = philox(seed, fours, query, sequence_head, torch.zeros_like(fours))
+    keep = torch.stack([word >= threshold for word in words], dim=-1).flatten(-2)
+    return keep[..., start - 4 * first : stop - 4 * first]

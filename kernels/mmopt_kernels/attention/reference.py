@@ -41,8 +41,7 @@ def _dropout(p: Tensor, seed: Tensor | None, dropout_p: float) -> Tensor:
     B, H, S, T = p.shape
     bh = torch.arange(B * H, device=p.device).view(B, H, 1, 1)
     i = torch.arange(S, device=p.device)[:, None]
-    j = torch.arange(T, device=p.device)
-    return p * keep_mask(seed, dropout_p, bh, i, j) / (1.0 - dropout_p)
+    return p * keep_mask(seed, dropout_p, bh, i, 0, T) / (1.0 - dropout_p)
 
 
 def reference(

@@ -160,14 +160,26 @@ def tanh(b_x):
 
 
 @triton.jit
-def kept(seed, i_bh, o_m, o_n, threshold):
-    """Which probabilities dropout keeps, for row and key indices that broadcast.
+def kept(seed, i_bh, o_m, i_n, threshold, BLOCK_N: tl.constexpr, BY_KEY: tl.constexpr):
+    """Which probabilities dropout keeps: [BLOCK_M, BLOCK_N], or [BLOCK_N, BLOCK_M] with BY_KEY.
 
-    Counter (key, row, batch * heads + head, 0), first output word: no tile size enters, so every
-    pass recomputes the same mask. threshold is the bit pattern of an unsigned number.
+    Key j of row i takes word j % 4 for the counter (j // 4, i, batch * heads + head, 0): no tile
+    size enters, so every pass recomputes the same mask. Four keys share a draw, which is most of
+    dropout's cost. i_n is a multiple of 4; threshold is the bit pattern of an unsigned number.
     """
-    b_x, _, _, _ = tl.philox(seed, o_n, o_m, i_bh, 0)
-    return b_x >= threshold.to(tl.uint32, bitcast=True)
+    b_least = threshold.to(tl.uint32, bitcast=True)
+    o_4 = i_n // 4 + tl.arange(0, BLOCK_N // 4)
+    if BY_KEY:
+        b_0, b_1, b_2, b_3 = tl.philox(seed, o_4[:, None], o_m[None, :], i_bh, 0)
+    else:
+        b_0, b_1, b_2, b_3 = tl.philox(seed, o_4[None, :], o_m[:, None], i_bh, 0)
+    # [.., .., 2, 2]: the last axes count 0, 1, 2, 3.
+    b_x = tl.join(tl.join(b_0, b_2), tl.join(b_1, b_3))
+    if BY_KEY:
+        b_x = b_x.permute(0, 2, 3, 1).reshape(BLOCK_N, o_m.shape[0])
+    else:
+        b_x = b_x.reshape(o_m.shape[0], BLOCK_N)
+    return b_x >= b_least
 
 
 def block_d(head_dim: int) -> int:

@@ -163,9 +163,14 @@ def _nearest(
     length: int,
     tma: bool,
 ) -> Config | None:
-    key = Key(kernel, target, dtype, width, features, length, tma)
-    fitting = [entry for entry in entries(target) if entry.fits(key)]
-    return min(fitting, key=lambda entry: entry.distance(key)).config if fitting else None
+    found = nearest(Key(kernel, target, dtype, width, features, length, tma))
+    return found.config if found else None
+
+
+def nearest(key: Key) -> Entry | None:
+    """The entry that a launch with this key gets, or None where no entry fits."""
+    fitting = [entry for entry in entries(key.target) if entry.fits(key)]
+    return min(fitting, key=lambda entry: entry.distance(key), default=None)
 
 
 @functools.cache

@@ -200,6 +200,22 @@ def test_hopper_kernels_up_to_128_neither_spill_nor_miss_wgmma(
     assert [one.rule for one in broken_rules(inspection(kernel(**changes)))] == rules
 
 
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("changes", [{}, {"kernel": "attention_decode"}, {"head_dim": None}])
+def test_a_matrix_product_without_matrix_instructions_fails_on_every_target(
+    target: str, changes: dict[str, Any]
+) -> None:
+    """Whatever is promised or recorded, and once: a compiler left out the loop, or the tile fits
+    no matrix unit."""
+    empty = kernel(**{"target": target, "head_dim": 256, "matrix_instructions": {}} | changes)
+    report = report_of(recorded(empty), inspection(empty))
+    (problem,) = report.problems
+    assert (problem.rule, problem.value, problem.limit) == ("matrix", 0, 1)
+    assert f"expected {' or '.join(TARGETS[target].matrix)}" in str(problem)
+    for fine in ({"dot_bits": 32}, {"dot_bits": None}, {"matrix_instructions": {"HMMA": 1}}):
+        assert broken_rules(inspection(replace(empty, **fine))) == []
+
+
 def test_a_kernel_that_does_not_compile_fails_once_and_is_not_called_missing() -> None:
     reason = Failure("sm_90", FORWARD.name, "RuntimeError: PassManager::run failed")
     run = inspection(targets=("sm_90",), failures=(reason,))

@@ -228,11 +228,11 @@ def attention_forward(
 def config(dtype: torch.dtype, block_d: int, target: str) -> tuning.Config:
     """Tile, warps and pipeline stages.
 
-    Chosen from what ptxas reports for sm_80 and sm_90, not yet from a clock (issue 4 measures):
-    the largest tiles that spill nothing in 16 bits, with dropout, softcap and sinks either
-    (float32 in ieee precision runs without matrix instructions, and on sm_90 a head of up to 64
-    spills 24 bytes, one of 65 to 128 120 bytes), in at most 98 KiB of shared memory; every target
-    from sm_80 on gives a block 99 KiB.
+    Chosen from what ptxas reports, not yet from a clock (issue 4 measures): with Triton 3.7.1 the
+    largest tiles that spill nothing in 16 bits on sm_80 and sm_120, with dropout, softcap and sinks
+    either, in at most 98 KiB of shared memory; every target from sm_80 on gives a block 99 KiB.
+    float32 in ieee precision runs without matrix instructions, and with every feature spills 24
+    bytes on sm_90 in a head of up to 64.
     """
     if dtype == torch.float32:
         if block_d <= 64:

@@ -6,7 +6,8 @@ can differ, and `everywhere` what is left to ``--all``:
 
 - head dimensions 64, 128 and 256 have a tile each, 80 is padded to 128;
 - "causal" is the least code; "everything" has intervals, softcap, sinks, dropout and grouped
-  heads, and so the most registers;
+  heads, and so the most registers; "uncapped" and "undropped" are without one of them, because
+  tables have tiles for each;
 - sm_90 has the promise to keep (`mmopt.measure.kernels.rules`), and is looked at most closely;
 - float16 compiles to the code of bfloat16 with other names of instructions: left to ``--all``.
 """
@@ -61,18 +62,22 @@ def _attention(dtype: str, head_dim: int, features: str, default: frozenset[str]
     def launch() -> None:
         from mmopt_kernels.attention import kernel, kernel_backward
 
-        everything = features == "everything"
+        everything = features.startswith("everything")
         batch, heads, length = 2, 16, 4096
         q = _heads(dtype, batch, heads, length, head_dim)
         k = _heads(dtype, batch, heads // 4 if everything else heads, length, head_dim)
         lo = hi = sinks = seed = grad_lse = None
-        if features in ("intervals", "everything"):
+        if everything or features == "intervals":
             lo, hi = (q.new_empty(batch, length, dtype=torch.int32) for _ in range(2))
         if everything:
             sinks = q.new_empty(heads)
             seed = q.new_empty((), dtype=torch.int64)
             grad_lse = q.new_empty(batch, heads, length, dtype=torch.float32)
         softcap, dropout = (30.0, 0.1) if everything else (None, 0.0)
+        if features == "everything-uncapped":
+            softcap = None
+        if features == "everything-undropped":
+            seed, dropout = None, 0.0
         scale: float = head_dim**-0.5
         rest = (lo, hi, sinks, seed, features != "full", scale, softcap, dropout)
         out, lse = kernel.launch(q, k, k, *rest)
@@ -136,7 +141,14 @@ CASES: tuple[Case, ...] = (
     # Only with --all.
     *(_attention("bf16", d, "full", NOWHERE) for d in (64, 80, 128)),
     *(_attention("bf16", d, "intervals", NOWHERE) for d in (64, 256)),
-    *(_attention("bf16", d, "everything", NOWHERE) for d in (16, 80, 256)),
+    # Neither 16 nor 8 divides the strides of 100 and 36: no descriptors, more addresses.
+    *(_attention("bf16", d, "causal", NOWHERE) for d in (16, 36, 72, 100)),
+    *(_attention("bf16", d, "everything", NOWHERE) for d in (16, 36, 72, 80, 100, 256)),
+    *(
+        _attention("bf16", d, f"everything-{without}", NOWHERE)
+        for d in (64, 72, 100, 128, 256)
+        for without in ("uncapped", "undropped")
+    ),
     *(_attention("fp16", d, f, NOWHERE) for d in (64, 128) for f in ("causal", "everything")),
     *(_attention("fp32", d, "everything", NOWHERE) for d in (64, 128, 256)),
     *(_decode("bf16", d, g, "everything", NOWHERE) for d in (64, 256) for g in (1, 8)),

@@ -74,6 +74,7 @@ def broken_rules(inspection: Inspection) -> list[Problem]:
     for kernel in inspection.kernels:
         problems += _limits(kernel)
         problems += _promises(kernel)
+        problems += _multiplies_by_hand(kernel)
     return problems
 
 
@@ -115,6 +116,31 @@ def _limits(kernel: KernelFigures) -> Iterator[Problem]:
         )
 
 
+def _multiplies_by_hand(kernel: KernelFigures) -> Iterator[Problem]:
+    """On no target: a tile that no matrix unit takes, or a compiler that left out the loop.
+
+    Triton 3.9 made a nearly empty attention backward for sm_100 of a tile of 64 x 128 with
+    descriptors and one stage; no figure but this one told.
+    """
+    if _multiplies(kernel) and not any(kernel.matrix_instructions.values()):
+        instructions = " or ".join(target_named(kernel.target).matrix)
+        yield Problem(
+            kernel.target,
+            kernel.name,
+            "matrix",
+            value=0,
+            recorded=None,
+            limit=1,
+            message=f"multiplies matrices of {kernel.dot_bits} bits with no matrix instructions, "
+            f"expected {instructions}.",
+        )
+
+
+def _multiplies(kernel: KernelFigures) -> bool:
+    """In 16 bits or fewer, which every target has matrix instructions for."""
+    return kernel.dot_bits is not None and kernel.dot_bits <= 16
+
+
 def _promises(kernel: KernelFigures) -> Iterator[Problem]:
     for promise in PROMISES:
         if (
@@ -135,9 +161,10 @@ def _promises(kernel: KernelFigures) -> Iterator[Problem]:
                 limit=0,
                 message=f"spills {kernel.spilled_bytes} bytes, nothing may spill {where}.",
             )
-        multiplies = kernel.dot_bits is not None and kernel.dot_bits <= 16
         if (
-            multiplies
+            _multiplies(kernel)
+            # Without any it is told once, whatever the target.
+            and any(kernel.matrix_instructions.values())
             and kernel.kernel not in promise.without_instruction
             and not kernel.matrix_instructions.get(promise.instruction)
         ):

@@ -242,6 +242,12 @@ def test_targets_that_were_not_asked_for_are_not_missing() -> None:
     assert comparison.problems == ()
 
 
+def test_code_size_alone_does_not_make_a_record_stale() -> None:
+    """The assembler does not give the same kernel the same size every time."""
+    larger = replace(FORWARD, code_bytes=FORWARD.code_bytes + 256)
+    assert compare(recorded(FORWARD), inspection(larger), WHERE).stale == ()
+
+
 def test_what_differs_without_being_worse_is_named_as_stale() -> None:
     better = kernel(registers=180, config={**FORWARD.config, "num_stages": 2})
     comparison = compare(recorded(FORWARD), inspection(better), WHERE)

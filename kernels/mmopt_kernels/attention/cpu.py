@@ -17,8 +17,8 @@ from torch import Tensor
 from mmopt_kernels.attention.philox import keep_mask
 from mmopt_kernels.attention.reference import sinks_backward
 
-# PyTorch's kernel is given blocks of MASK_ROWS rows, or more if they have no more than MASK_ROW
-# scores: taller ones compute more of what the mask hides, lower ones are too thin for its matmuls.
+# PyTorch's kernel is given blocks of MASK_ROWS rows, or more while a sequence's part of the mask has
+# no more than MASK_ROW_ELEMENTS: taller ones compute more of what the mask hides, lower ones are too thin for its matmuls.
 # A block is of several sequences while the mask has no more than MASK_ELEMENTS.
 MASK_ROWS = 64
 MASK_ROW_ELEMENTS = 2**14

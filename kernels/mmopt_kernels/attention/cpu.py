@@ -17,9 +17,10 @@ from torch import Tensor
 from mmopt_kernels.attention.philox import keep_mask
 from mmopt_kernels.attention.reference import sinks_backward
 
-# PyTorch's kernel is given blocks of MASK_ROWS rows, or more while a sequence's part of the mask has
-# no more than MASK_ROW_ELEMENTS: taller ones compute more of what the mask hides, lower ones are too thin for its matmuls.
-# A block is of several sequences while the mask has no more than MASK_ELEMENTS.
+# PyTorch's kernel is given blocks of MASK_ROWS rows, or more while the mask of one sequence has no
+# more than MASK_ROW_ELEMENTS: taller ones compute more of what the mask hides, lower ones are too
+# thin for its matmuls. A block is of several sequences while its mask has no more than
+# MASK_ELEMENTS.
 MASK_ROWS = 64
 MASK_ROW_ELEMENTS = 2**14
 MASK_ELEMENTS = 2**16

@@ -305,7 +305,7 @@ def test_features_match_the_float64_oracle(case: Case, dtype: torch.dtype, impl:
 def test_cpu_blocks_of_a_few_rows_change_nothing(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Many blocks, the last one short, against one block."""
+    """Many blocks, the last one short, against one block whose mask may be a kept one."""
     case = replace(case, sinks=case.sinks and torch.float32)
     leaves = [*inputs(case, torch.float32), *sinks_of(case)]
     sinks = leaves[3] if len(leaves) > 3 else None
@@ -322,8 +322,32 @@ def test_cpu_blocks_of_a_few_rows_change_nothing(
         monkeypatch.setattr(cpu, name, 1)
     for name in ("MASK_ROWS", "SCORE_ROWS"):
         monkeypatch.setattr(cpu, name, 7)
+    monkeypatch.setattr(cpu, "KEPT_ELEMENTS", 0)
     for got, expected in zip(call(), want, strict=True):
         torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="the CPU implementation keeps masks")
+def test_kept_mask_is_that_of_the_values_of_its_bounds() -> None:
+    """Bounds written over in place, as Inductor reuses buffers, and a mask made without grad."""
+    q, k, v = inputs(Case(S=12, T=12), torch.float32)
+    lo, hi = torch.zeros(1, 12, dtype=torch.int32), torch.full((1, 12), 12, dtype=torch.int32)
+    for last in (5, 9, 5):
+        hi.fill_(last)
+        bounds = Intervals(lo, hi)
+        with torch.inference_mode():
+            attention(q, k, v, intervals=bounds, impl="cpu")
+        kept = cpu._kept.cache_info().hits
+        got = attention(q, k, v, intervals=bounds, impl="cpu")
+        assert cpu._kept.cache_info().hits > kept
+        want, _ = reference(q, k, v, lo, hi, None, None, False, q.shape[3] ** -0.5, None, 0.0)
+        torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-5)
+        for grad, expected in zip(
+            torch.autograd.grad(got.sum(), (q, k, v)),
+            torch.autograd.grad(want.sum(), (q, k, v)),
+            strict=True,
+        ):
+            torch.testing.assert_close(grad, expected, atol=2e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -7,8 +7,9 @@ reads only the keys between the first and the last that its rows see.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -24,6 +25,10 @@ from mmopt_kernels.attention.reference import sinks_backward
 MASK_ROWS = 64
 MASK_ROW_ELEMENTS = 2**14
 MASK_ELEMENTS = 2**16
+# Masks of no more elements in all are kept for the next call with equal bounds: the next layer's,
+# or the backward's. KEPT_MASKS of them take 4 MiB in float32.
+KEPT_ELEMENTS = 2**18
+KEPT_MASKS = 4
 # Elements of a block of scores where they are written out (a dozen tensors of that size with
 # dropout, whose words are int64), and the fewest rows: below, matmuls are too thin to run at speed.
 SCORE_ELEMENTS = 2**18
@@ -54,10 +59,9 @@ class Block:
 
 
 def _bounds(
-    q: Tensor, k: Tensor, lo: Tensor | None, hi: Tensor | None, causal: bool
+    S: int, T: int, lo: Tensor | None, hi: Tensor | None, causal: bool
 ) -> tuple[Tensor, Tensor]:
     """The visible keys of each row, ``[B or 1, S]`` each, within ``[0, T]``."""
-    S, T = q.shape[2], k.shape[2]
     lower = torch.zeros(1, S, dtype=torch.int32) if lo is None else lo.clamp(0, T)
     upper = torch.full((1, S), T, dtype=torch.int32) if hi is None else hi.clamp(0, T)
     if causal:
@@ -130,7 +134,7 @@ def forward(
     if softcap is None and seed is None:
         out, lse = _flash_forward(q, k, v, lo, hi, causal, scale)
     else:
-        lower, upper = _bounds(q, k, lo, hi, causal)
+        lower, upper = _bounds(q.shape[2], k.shape[2], lo, hi, causal)
         out, lse = _written_forward(q, k, v, lower, upper, seed, scale, softcap, dropout_p)
     if sinks is not None:
         # One more term in the normalizer: the probabilities shrink by what it takes.
@@ -166,7 +170,7 @@ def backward(
         if sinks is None:
             return *grads, lse.new_empty(0)
         return *grads, sinks_backward(sinks, _delta(grad_out, out, None), lse)
-    lower, upper = _bounds(q, k, lo, hi, causal)
+    lower, upper = _bounds(q.shape[2], k.shape[2], lo, hi, causal)
     delta = _delta(grad_out, out, grad_lse)
     grads = _written_backward(
         grad_out, delta, q, k, v, lse, lower, upper, seed, scale, softcap, dropout_p
@@ -194,11 +198,8 @@ def _delta(grad_out: Tensor, out: Tensor, grad_lse: Tensor | None) -> Tensor:
 # PyTorch's kernel
 
 
-def _maskless(
-    q: Tensor, k: Tensor, bounds: tuple[Tensor, Tensor] | None, causal: bool
-) -> str | None:
+def _maskless(S: int, T: int, bounds: tuple[Tensor, Tensor] | None, causal: bool) -> str | None:
     """``"full"`` or ``"causal"`` where PyTorch's kernel needs no mask; no bounds see every key."""
-    S, T = q.shape[2], k.shape[2]
     # PyTorch aligns its causal mask at the top left: the same only for S == T.
     if bounds is None:
         # The last query of a causal mask sees every key.
@@ -212,28 +213,89 @@ def _maskless(
     return "causal" if S == T and torch.equal(upper, diagonal.expand_as(upper)) else None
 
 
-def _is_all(block: Block, q: Tensor) -> bool:
-    """Whether the block has every row: then what PyTorch's kernel returns is the result."""
-    B, S = q.shape[0], q.shape[2]
-    return block.sequences.indices(B) == (0, B, 1) and block.rows.indices(S) == (0, S, 1)
+@dataclass(frozen=True)
+class MaskedBlock:
+    """A block as PyTorch's kernel takes it.
+
+    ``mask`` is additive, ``[n or 1, 1, rows, keys]``, None where every row sees every key.
+    ``empty`` says which rows see no key, ``[n or 1, 1, rows]``, None where all see some.
+    """
+
+    sequences: slice
+    rows: slice
+    keys: slice
+    mask: Tensor | None
+    empty: Tensor | None
+
+    def is_all(self, q: Tensor) -> bool:
+        """Whether the block has every row: then what the kernel returns is the result."""
+        B, S = q.shape[0], q.shape[2]
+        return self.sequences.indices(B) == (0, B, 1) and self.rows.indices(S) == (0, S, 1)
 
 
-def _additive(block: Block, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
-    """The mask ``[n or 1, 1, rows, keys]``, and the rows ``[n or 1, 1, rows]`` that see no key."""
-    if block.hidden is None:
-        return None, None
-    hidden = block.hidden[:, None]
-    # As tensors of no dimension, or the mask would be float32 and be converted.
-    mask = torch.where(
-        hidden, torch.tensor(float("-inf"), dtype=dtype), torch.zeros((), dtype=dtype)
-    )
-    return mask, hidden.all(3) if block.has_empty else None
+def _masked(block: Block, dtype: torch.dtype) -> MaskedBlock:
+    mask = empty = None
+    if block.hidden is not None:
+        hidden = block.hidden[:, None]
+        # As tensors of no dimension, or the mask would be float32 and be converted.
+        mask = torch.where(
+            hidden, torch.tensor(float("-inf"), dtype=dtype), torch.zeros((), dtype=dtype)
+        )
+        empty = hidden.all(3) if block.has_empty else None
+    return MaskedBlock(block.sequences, block.rows, block.keys, mask, empty)
 
 
-def _flash_blocks(lower: Tensor, upper: Tensor, T: int) -> Iterator[Block]:
+def _flash_blocks(
+    lower: Tensor, upper: Tensor, T: int, dtype: torch.dtype
+) -> Iterator[MaskedBlock]:
     S = lower.shape[1]
     n_rows = min(S, max(MASK_ROWS, MASK_ROW_ELEMENTS // T))
-    return _blocks(lower, upper, T, max(1, MASK_ELEMENTS // (T * n_rows)), n_rows)
+    n_sequences = max(1, MASK_ELEMENTS // (T * n_rows))
+    return (_masked(block, dtype) for block in _blocks(lower, upper, T, n_sequences, n_rows))
+
+
+def _flash_work(
+    q: Tensor, k: Tensor, lo: Tensor | None, hi: Tensor | None, causal: bool
+) -> tuple[str | None, Iterable[MaskedBlock]]:
+    """What PyTorch's kernel does without a mask (see `_maskless`), else None, and the blocks.
+
+    The blocks of a small mask are kept by the *values* of its bounds. By their storage they could
+    be another mask's: Inductor reuses buffers.
+    """
+    S, T = q.shape[2], k.shape[2]
+    if lo is None and hi is None:
+        maskless = _maskless(S, T, None, causal)
+        return maskless, () if maskless else _flash_blocks(
+            *_bounds(S, T, lo, hi, causal), T, q.dtype
+        )
+    B = max(bound.shape[0] for bound in (lo, hi) if bound is not None)
+    if B * S * T <= KEPT_ELEMENTS:
+        return _kept(_values(lo), _values(hi), S, T, causal, q.dtype)
+    bounds = _bounds(S, T, lo, hi, causal)
+    maskless = _maskless(S, T, bounds, causal)
+    return maskless, () if maskless else _flash_blocks(*bounds, T, q.dtype)
+
+
+def _values(bound: Tensor | None) -> bytes | None:
+    return None if bound is None else bound.numpy().tobytes()
+
+
+@lru_cache(KEPT_MASKS)
+def _kept(
+    lo: bytes | None, hi: bytes | None, S: int, T: int, causal: bool, dtype: torch.dtype
+) -> tuple[str | None, tuple[MaskedBlock, ...]]:
+    # Masks are used in backward too, which takes no tensor that was made in inference mode.
+    with torch.inference_mode(False):
+        bounds = _bounds(S, T, _tensor(lo, S), _tensor(hi, S), causal)
+        maskless = _maskless(S, T, bounds, causal)
+        return maskless, () if maskless else tuple(_flash_blocks(*bounds, T, dtype))
+
+
+def _tensor(values: bytes | None, S: int) -> Tensor | None:
+    """`_values` undone; ``[B or 1, S]``."""
+    if values is None:
+        return None
+    return torch.from_numpy(np.frombuffer(values, np.int32).reshape(-1, S).copy())
 
 
 def _flash_forward(
@@ -245,23 +307,25 @@ def _flash_forward(
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    plain = lo is None and hi is None
-    bounds = None if plain else _bounds(q, k, lo, hi, causal)
-    maskless = _maskless(q, k, bounds, causal)
+    maskless, blocks = _flash_work(q, k, lo, hi, causal)
     if maskless is not None:
         return _forward(q, k, v, 0.0, maskless == "causal", scale=scale)  # type: ignore[no-any-return]
     out = lse = None
-    bounds = bounds or _bounds(q, k, lo, hi, causal)
-    for block in _flash_blocks(*bounds, k.shape[2]):
+    for block in blocks:
         n, rows, keys = block.sequences, block.rows, block.keys
-        mask, empty = _additive(block, q.dtype)
         b_out, b_lse = _forward(
-            q[n, :, rows], k[n, :, keys], v[n, :, keys], 0.0, False, attn_mask=mask, scale=scale
+            q[n, :, rows],
+            k[n, :, keys],
+            v[n, :, keys],
+            0.0,
+            False,
+            attn_mask=block.mask,
+            scale=scale,
         )
-        if empty is not None:
-            b_out = b_out.masked_fill(empty[..., None], 0.0)
-            b_lse = b_lse.masked_fill(empty, float("-inf"))
-        if _is_all(block, q):
+        if block.empty is not None:
+            b_out = b_out.masked_fill(block.empty[..., None], 0.0)
+            b_lse = b_lse.masked_fill(block.empty, float("-inf"))
+        if block.is_all(q):
             return b_out, b_lse
         if out is None or lse is None:
             out, lse = _nothing_seen(q)
@@ -286,28 +350,24 @@ def _flash_backward(
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    plain = lo is None and hi is None
-    bounds = None if plain else _bounds(q, k, lo, hi, causal)
-    maskless = _maskless(q, k, bounds, causal)
+    maskless, blocks = _flash_work(q, k, lo, hi, causal)
     if maskless is not None:
         return _backward(  # type: ignore[no-any-return]
             grad_out, q, k, v, out, lse, 0.0, maskless == "causal", scale=scale
         )
     sums = None
-    bounds = bounds or _bounds(q, k, lo, hi, causal)
-    for block in _flash_blocks(*bounds, k.shape[2]):
+    for block in blocks:
         n, rows, keys = block.sequences, block.rows, block.keys
-        mask, empty = _additive(block, q.dtype)
         b_grad, b_lse = grad_out[n, :, rows], lse[n, :, rows]
-        if empty is not None:
-            b_grad = b_grad.masked_fill(empty[..., None], 0.0)
+        if block.empty is not None:
+            b_grad = b_grad.masked_fill(block.empty[..., None], 0.0)
             # exp(s - inf) is 0 where exp(s + inf) would be inf or NaN.
-            b_lse = b_lse.masked_fill(empty, float("inf"))
+            b_lse = b_lse.masked_fill(block.empty, float("inf"))
         b_dq, b_dk, b_dv = _backward(
             b_grad, q[n, :, rows], k[n, :, keys], v[n, :, keys], out[n, :, rows], b_lse,
-            0.0, False, attn_mask=mask, scale=scale,
+            0.0, False, attn_mask=block.mask, scale=scale,
         )  # fmt: skip
-        if _is_all(block, q) and b_dk.shape == k.shape:
+        if block.is_all(q) and b_dk.shape == k.shape:
             return b_dq, b_dk, b_dv
         dq, dk, dv = sums = sums or _no_gradients(q, k, v)
         dq[n, :, rows] = b_dq

@@ -381,7 +381,7 @@ def test_runs_list_every_tile_that_a_key_block_meets_and_few_others() -> None:
 
 def test_kernels_without_their_features_are_not_recompiled_for_a_threshold() -> None:
     """dropout_p arrives as a signed 32-bit number whatever its value."""
-    from mmopt_kernels.attention.tiles import dropout_scales
+    from mmopt_kernels._philox import dropout_scales
 
     for p in (0.0, 0.1, 0.5, 0.9, 1 - 2**-40):
         threshold, scale = dropout_scales(p)

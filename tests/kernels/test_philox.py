@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmopt_kernels.attention.philox import keep_mask, philox
+from mmopt_kernels._philox import philox
+from mmopt_kernels.attention.philox import keep_mask
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HAS_TRITON = importlib.util.find_spec("triton") is not None

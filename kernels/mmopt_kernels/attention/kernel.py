@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mmopt_kernels import _triton, tuning
+from mmopt_kernels._philox import dropout_scales
 from mmopt_kernels.attention.tiles import (
     LN_2,
     LOG2_E,
@@ -17,7 +18,6 @@ from mmopt_kernels.attention.tiles import (
     both_bounds,
     choose,
     describable,
-    dropout_scales,
     for_target,
     has_tma,
     kept,

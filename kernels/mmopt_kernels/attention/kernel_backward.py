@@ -15,13 +15,13 @@ import triton.language as tl
 from torch import Tensor
 
 from mmopt_kernels import _triton, tuning
+from mmopt_kernels._philox import dropout_scales
 from mmopt_kernels.attention.tiles import (
     LOG2_E,
     block_d,
     both_bounds,
     choose,
     describable,
-    dropout_scales,
     for_target,
     has_tma,
     kept,

@@ -289,12 +289,3 @@ def score_scales(scale: float, softcap: float | None) -> tuple[float, float]:
     if softcap is None:
         return scale * LOG2_E, 0.0
     return scale / softcap, softcap * LOG2_E
-
-
-def dropout_scales(dropout_p: float) -> tuple[int, float]:
-    """The threshold of `kept`, as a signed 32-bit integer, and what a kept probability grows by.
-
-    Signed, because Triton would make a larger one int64 and compile the kernel again.
-    """
-    threshold = min(round(dropout_p * 2**32), 2**32 - 1)
-    return threshold - (threshold >> 31 << 32), 1.0 / (1.0 - dropout_p)

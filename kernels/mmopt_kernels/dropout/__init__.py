@@ -1,0 +1,1 @@
+"""Dropout of activations whose mask is recomputed rather than kept; for the other ops here."""

@@ -1,5 +1,5 @@
-"""A linear layer and its low-rank adapter in one op."""
+"""Linear layers and their low-rank adapters in one op."""
 
-from mmopt_kernels.lora_linear.api import lora_linear
+from mmopt_kernels.lora_linear.api import Projection, lora_linear, lora_linear_group
 
-__all__ = ["lora_linear"]
+__all__ = ["Projection", "lora_linear", "lora_linear_group"]

@@ -1,4 +1,11 @@
-"""Triton forward kernel of the LoRA linear layer, and its launcher."""
+"""Triton kernels of the LoRA linear layer's forward, their launchers, and what backward shares.
+
+`down` multiplies the activations by the adapter's first factor and `up` adds the second to the
+layer itself. All sums are in float32 and in an order that only sizes and tiles decide: where
+several programs share one, each writes its part and `lora_linear_reduce` adds the parts.
+
+Sizes that change from batch to batch are not specialized on: one compiled kernel serves them all.
+"""
 
 # Triton infers what a kernel's arguments are at launch; their names say it to the reader.
 # mypy: disable-error-code="no-untyped-def"
@@ -10,10 +17,164 @@ import triton.language as tl
 from torch import Tensor
 
 from mmopt_kernels import _triton, tuning
-from mmopt_kernels.lora_linear.ops import rows
+from mmopt_kernels._philox import dropout_scales
+from mmopt_kernels.dropout.kernel import kept
+
+# Programs that occupy every multiprocessor of a large GPU (132 of an H200) twice. The same on every
+# GPU, so that sums are split alike and give the same bits.
+PROGRAMS = 264
+# Ranks that one program multiplies at once; more are looped over or spread on the grid.
+MOST_RANKS = 64
+# In 16 bits as many as fit the accumulator of `lora_linear_down`, so that x is read once.
+MOST_RANKS_DOWN = 256
+# Results of a program of `lora_linear_reduce`: those of 4096 x 16 make 256 programs.
+REDUCED = 256
 
 
-# M changes from batch to batch; specializing on it would recompile.
+@triton.jit
+def own(b_s, p_index, p_owner, o_m, o_r, M, R):
+    """b_s, with zeros where the column o_r belongs to another adapter than the row o_m."""
+    b_index = tl.load(p_index + o_m, mask=o_m < M, other=-1).to(tl.int32)
+    b_owner = tl.load(p_owner + o_r, mask=o_r < R, other=-2)
+    return tl.where(b_index == b_owner, b_s, 0.0)
+
+
+@triton.jit(do_not_specialize=["M", "SPLITS"])
+def lora_linear_reduce(
+    p_parts,
+    p_index,
+    p_owner,
+    p_out,
+    stride_om,
+    M,
+    R,
+    SPLITS,
+    scale,
+    OWN: tl.constexpr,
+    ADD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """Out [M, R] is, or with ADD grows by, scale times the sum of parts [SPLITS, M, R].
+
+    Reads every part and writes out once: 4 (SPLITS + 1) M R bytes in float32. BLOCK_S parts are
+    loaded at once, because one after the other would wait for memory as often as there are parts.
+    """
+    # To int64 before it is multiplied: SPLITS M R may pass 2**31.
+    size = tl.to_tensor(M).to(tl.int64) * R
+    o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    m_o = o < size
+    b_sum = tl.zeros([BLOCK], tl.float32)
+    for i_s in range(0, SPLITS, BLOCK_S):
+        o_s = i_s + tl.arange(0, BLOCK_S).to(tl.int64)
+        # [BLOCK_S, BLOCK]
+        p_part = p_parts + o_s[:, None] * size + o[None, :]
+        b_part = tl.load(p_part, mask=(o_s < SPLITS)[:, None] & m_o[None, :], other=0.0)
+        b_sum += tl.sum(b_part, 0)
+    b_sum = b_sum * scale
+    o_m = o // R
+    o_r = o % R
+    if OWN:
+        b_sum = own(b_sum, p_index, p_owner, o_m, o_r, M, R)
+    p_ot = p_out + o_m * stride_om + o_r
+    if ADD:
+        b_sum += tl.load(p_ot, mask=m_o, other=0.0).to(tl.float32)
+    tl.store(p_ot, b_sum.to(p_out.dtype.element_ty), mask=m_o)
+
+
+@triton.jit
+def store_or_part(
+    b_s,
+    p_s,
+    p_index,
+    p_owner,
+    stride_sm,
+    o_m,
+    o_r,
+    i_split,
+    M,
+    R,
+    scale,
+    PARTS: tl.constexpr,
+    OWN: tl.constexpr,
+):
+    """Write a tile of s, or with PARTS the split's share of it for `lora_linear_reduce`."""
+    m_s = (o_m < M)[:, None] & (o_r < R)[None, :]
+    if PARTS:
+        p_st = p_s + (i_split.to(tl.int64) * M + o_m)[:, None] * R + o_r[None, :]
+    else:
+        b_s = b_s * scale
+        if OWN:
+            b_s = own(b_s, p_index, p_owner, o_m[:, None], o_r[None, :], M, R)
+        p_st = p_s + o_m[:, None] * stride_sm + o_r[None, :]
+    tl.store(p_st, b_s.to(p_s.dtype.element_ty), mask=m_s)
+
+
+@triton.jit(do_not_specialize=["M", "SPLITS", "threshold"])
+def lora_linear_down(
+    p_x,
+    p_a,
+    p_seed,
+    p_index,
+    p_owner,
+    p_s,
+    stride_xm,
+    stride_ar,
+    stride_sm,
+    M,
+    K,
+    R,
+    SPLITS,
+    scale_kept,
+    threshold,
+    DROPOUT: tl.constexpr,
+    OWN: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    WIDEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """[BLOCK_M, BLOCK_R] of s = dropout(x) aᵀ over one split of K.
+
+    One read of x for each BLOCK_R of the ranks: M K elements. s is written once: M R. The factor is
+    read by every row of tiles, K R elements for BLOCK_M rows, from L2. Dropout costs no bytes,
+    where the library reads x, writes dropout(x) and reads that; what it costs is a draw of 67
+    integer instructions for four elements (in Triton 3.7.1's code for sm_90).
+    """
+    n_m = tl.cdiv(M, BLOCK_M)
+    i_m = tl.program_id(0) % n_m
+    i_split = tl.program_id(0) // n_m % SPLITS
+    i_r = tl.program_id(0) // n_m // SPLITS
+    o_m = i_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_r = i_r * BLOCK_R + tl.arange(0, BLOCK_R)
+    m_m = o_m < M
+    m_r = o_r < R
+    seed = tl.load(p_seed) if DROPOUT else 0
+    width = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLITS) * BLOCK_K
+    b_s = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
+    for i_k in range(i_split * width, tl.minimum((i_split + 1) * width, K), BLOCK_K):
+        o_k = i_k + tl.arange(0, BLOCK_K)
+        m_k = o_k < K
+        # [BLOCK_M, BLOCK_K] and [BLOCK_K, BLOCK_R]
+        p_xt = p_x + o_m[:, None] * stride_xm + o_k[None, :]
+        p_at = p_a + o_r[None, :] * stride_ar + o_k[:, None]
+        b_x = tl.load(p_xt, mask=m_m[:, None] & m_k[None, :], other=0.0)
+        b_a = tl.load(p_at, mask=m_k[:, None] & m_r[None, :], other=0.0)
+        if DROPOUT:
+            b_x = tl.where(kept(seed, o_m, i_k, threshold, BLOCK_K), b_x, 0.0)
+        if WIDEN:
+            b_x = b_x.to(tl.float32)
+            b_a = b_a.to(tl.float32)
+        b_s = tl.dot(b_x, b_a, b_s, input_precision=PRECISION)
+    # fmt: off
+    store_or_part(
+        b_s, p_s, p_index, p_owner, stride_sm, o_m, o_r, i_split, M, R, scale_kept, PARTS, OWN,
+    )
+    # fmt: on
+
+
 @triton.jit(do_not_specialize=["M"])
 def lora_linear_forward(
     p_x,
@@ -23,12 +184,10 @@ def lora_linear_forward(
     p_bias,
     p_y,
     stride_xm,
-    stride_xk,
     stride_wn,
     stride_wk,
     stride_sm,
     stride_bn,
-    stride_br,
     stride_ym,
     M,
     N,
@@ -44,14 +203,12 @@ def lora_linear_forward(
     WIDEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One [BLOCK_M, BLOCK_N] tile of y = x wᵀ + bias + scale s bᵀ, written once."""
-    # Tiles of GROUP_M rows share weight columns while those are still in L2.
-    n_m = tl.cdiv(M, BLOCK_M)
-    n_n = tl.cdiv(N, BLOCK_N)
-    i_group = tl.program_id(0) // (GROUP_M * n_n)
-    n_rows = tl.minimum(n_m - i_group * GROUP_M, GROUP_M)
-    i_m = i_group * GROUP_M + tl.program_id(0) % (GROUP_M * n_n) % n_rows
-    i_n = tl.program_id(0) % (GROUP_M * n_n) // n_rows
+    """One [BLOCK_M, BLOCK_N] tile of y = x wᵀ + bias + scale s bᵀ.
+
+    A GEMM's traffic, M K + N K + M N elements when the tiles of a group meet in L2, and M R + N R
+    for the adapter: y is written once and never read, where addmm_ reads and writes it again.
+    """
+    i_m, i_n = grouped_tile(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
     o_m = i_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     o_n = i_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_m = o_m < M
@@ -64,10 +221,9 @@ def lora_linear_forward(
         m_r = o_r < R
         # [BLOCK_M, BLOCK_R] and [BLOCK_R, BLOCK_N]
         p_st = p_s + o_m[:, None] * stride_sm + o_r[None, :]
-        p_bt = p_b + o_n[None, :] * stride_bn + o_r[:, None] * stride_br
+        p_bt = p_b + o_n[None, :] * stride_bn + o_r[:, None]
         b_s = tl.load(p_st, mask=m_m[:, None] & m_r[None, :], other=0.0)
         b_b = tl.load(p_bt, mask=m_r[:, None] & m_n[None, :], other=0.0)
-        b_b = b_b.to(b_s.dtype)
         if WIDEN:
             b_s = b_s.to(tl.float32)
             b_b = b_b.to(tl.float32)
@@ -77,7 +233,7 @@ def lora_linear_forward(
         o_k = i_k + tl.arange(0, BLOCK_K).to(tl.int64)
         m_k = o_k < K
         # [BLOCK_M, BLOCK_K] and [BLOCK_K, BLOCK_N]
-        p_xt = p_x + o_m[:, None] * stride_xm + o_k[None, :] * stride_xk
+        p_xt = p_x + o_m[:, None] * stride_xm + o_k[None, :]
         p_wt = p_w + o_n[None, :] * stride_wn + o_k[:, None] * stride_wk
         b_x = tl.load(p_xt, mask=m_m[:, None] & m_k[None, :], other=0.0)
         b_w = tl.load(p_wt, mask=m_k[:, None] & m_n[None, :], other=0.0)
@@ -92,63 +248,207 @@ def lora_linear_forward(
     tl.store(p_yt, b_acc.to(p_y.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])
 
 
-def config(dtype: torch.dtype, M: int) -> tuning.Config:
-    """Tile, warps and pipeline stages.
+@triton.jit
+def grouped_tile(i, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """Row and column of the i-th tile: GROUP_M rows share columns while those are in L2."""
+    n_m = tl.cdiv(M, BLOCK_M)
+    n_n = tl.cdiv(N, BLOCK_N)
+    i_group = i // (GROUP_M * n_n)
+    n_rows = tl.minimum(n_m - i_group * GROUP_M, GROUP_M)
+    i_m = i_group * GROUP_M + i % (GROUP_M * n_n) % n_rows
+    return i_m, i % (GROUP_M * n_n) // n_rows
 
-    Chosen from what ptxas reports for sm_80 and sm_90, not yet from a clock (issue 5 measures):
-    no spills, and at most the 96 KiB of shared memory that leave room in the 99 KiB that every
-    target from sm_80 on gives a block (64 KiB, all there is, on gfx942).
+
+def config(dtype: torch.dtype, M: int, backward: bool = False) -> tuning.Config:
+    """Tile, warps and pipeline stages of the large products: y is N wide, and dx K.
+
+    Chosen from what ptxas reports for sm_80 and sm_90, not yet from a clock: no spills, and at most
+    the 96 KiB of shared memory that leave room in the 99 KiB that every target from sm_80 on gives
+    a block (64 KiB, all there is, on gfx942).
     """
     if dtype == torch.float32:
-        tile = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
+        # The mask of dx takes registers.
+        warps = 8 if backward else 4
+        tile = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": warps, "num_stages": 2}
     elif M <= 64:
         tile = {"BLOCK_M": 32, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3}
     else:
         tile = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
+    if backward:
+        tile["BLOCK_N"], tile["BLOCK_K"] = tile["BLOCK_K"], tile["BLOCK_N"]
     return tile | {"GROUP_M": 8}
 
 
-def block_r(R: int) -> int:
-    """Ranks above 64 are looped over, so that the adapter's tiles stay small."""
-    return min(64, max(16, triton.next_power_of_2(R)))  # type: ignore[no-any-return]
+def config_down(dtype: torch.dtype, M: int, width: int) -> tuning.Config:
+    """Of `lora_linear_down`; chosen like `config`."""
+    if dtype == torch.float32:
+        warps = 4 if width <= 16 else 8
+        return {"BLOCK_M": 32, "BLOCK_K": 32, "num_warps": warps, "num_stages": 3}
+    if M <= 64:
+        return {"BLOCK_M": 16, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3}
+    if width <= 64:
+        return {"BLOCK_M": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 4}
+    return {"BLOCK_M": 64, "BLOCK_K": 64, "num_warps": 8, "num_stages": 2}
 
 
-def launch(
-    x: Tensor, weight: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
-    x2 = rows(x)
-    (M, K), N, R = x2.shape, weight.shape[0], a.shape[0]
-    with torch.autocast(x.device.type, enabled=False):
-        # A skinny GEMM of R columns: the vendor's library splits it over K.
-        s = x2 @ a.to(x.dtype).t()
+def block_r(R: int, most: int = MOST_RANKS) -> int:
+    """The ranks that a program holds: a power of two, and 16 or more for tl.dot."""
+    return min(most, max(16, triton.next_power_of_2(R)))  # type: ignore[no-any-return]
+
+
+def block_r_down(R: int, dtype: torch.dtype) -> int:
+    """Of the kernels that read x: the more ranks, the fewer reads."""
+    return block_r(R, MOST_RANKS if dtype == torch.float32 else MOST_RANKS_DOWN)
+
+
+def splits(programs: int, blocks: int) -> int:
+    """Over how many programs to share a sum of that many blocks: at least two blocks for each."""
+    return max(1, min(PROGRAMS // max(programs, 1), blocks // 2))
+
+
+def unit_rows(x: Tensor) -> Tensor:
+    """``[M, K]`` whose rows are contiguous, as the kernels read them; mostly x itself."""
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def factor(a: Tensor, dtype: torch.dtype) -> Tensor:
+    """An adapter's factor as the kernels read it: rounded once, rather than by every program."""
+    return unit_rows(a.to(dtype))
+
+
+def operands(dtype: torch.dtype) -> dict[str, object]:
+    """How every kernel here multiplies."""
+    return {"WIDEN": _triton.must_widen(dtype), "PRECISION": _triton.dot_precision()}
+
+
+def reduce(
+    parts: Tensor,
+    out: Tensor,
+    scale: float,
+    adapter_index: Tensor | None = None,
+    owner: Tensor | None = None,
+    add: bool = False,
+) -> None:
+    """Out ``[M, R]`` from float32 parts ``[splits, M, R]``, for the kernels that made them."""
+    number, M, R = parts.shape
+    lora_linear_reduce[(triton.cdiv(M * R, REDUCED),)](
+        parts,
+        adapter_index,
+        owner,
+        out,
+        out.stride(0),
+        M,
+        R,
+        number,
+        scale,
+        OWN=owner is not None,
+        ADD=add,
+        BLOCK=REDUCED,
+        BLOCK_S=8,
+        num_warps=4,
+    )
+
+
+def down(
+    x: Tensor,
+    a: Tensor,
+    seed: Tensor | None,
+    dropout_p: float,
+    adapter_index: Tensor | None = None,
+    owner: Tensor | None = None,
+) -> Tensor:
+    """s = dropout(x) aᵀ, ``[M, R]`` in the dtype of x.
+
+    Args:
+        x: ``[M, K]``.
+        a: ``[R, K]``, any floating dtype, rounded to that of x.
+        seed: int64, one element; read only where dropout_p > 0.
+        dropout_p: of the mask that `mmopt_kernels.dropout` draws.
+        adapter_index: ``[M]`` integers, with owner; s is 0 where the row's differs from the
+            column's.
+        owner: int32 ``[R]``, which adapter each column belongs to.
+    """
+    x, a = unit_rows(x), factor(a, x.dtype)
+    (M, K), R = x.shape, a.shape[0]
+    s = x.new_empty(M, R)
+    if s.numel() == 0:
+        return s
+    width, dropout = block_r_down(R, x.dtype), dropout_p > 0
+    tile = tuning.lookup(
+        "lora_linear_down",
+        _triton.target(x.device),
+        x.dtype,
+        width,
+        M,
+        ("dropout",) if dropout else (),
+    ) or config_down(x.dtype, M, width)
+    threshold, scale_kept = dropout_scales(dropout_p)
+    programs = triton.cdiv(M, tile["BLOCK_M"]) * triton.cdiv(R, width)
+    number = splits(programs, triton.cdiv(K, tile["BLOCK_K"]))
+    parts = x.new_empty(number, M, R, dtype=torch.float32) if number > 1 else None
+    out = s if parts is None else parts
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+        lora_linear_down[(programs * number,)](
+            x,
+            a,
+            seed,
+            adapter_index,
+            owner,
+            out,
+            x.stride(0),
+            a.stride(0),
+            R,
+            M,
+            K,
+            R,
+            number,
+            scale_kept,
+            threshold,
+            DROPOUT=dropout,
+            OWN=owner is not None,
+            PARTS=number > 1,
+            BLOCK_R=width,
+            **operands(x.dtype),
+            **tile,
+        )
+        if parts is not None:
+            reduce(parts, s, scale_kept, adapter_index, owner)
+    return s
+
+
+def up(
+    x: Tensor, weight: Tensor, s: Tensor, b: Tensor, bias: Tensor | None, scale: float
+) -> Tensor:
+    """y = x weightᵀ + bias + scale s bᵀ, ``[M, N]``; weight may be stored in any order."""
+    x, s, b = unit_rows(x), unit_rows(s), factor(b, x.dtype)
+    (M, K), N, R = x.shape, weight.shape[0], b.shape[1]
     y = x.new_empty(M, N)
+    if y.numel() == 0:
+        return y
     target, width = _triton.target(x.device), block_r(R)
     tile = tuning.lookup("lora_linear_forward", target, x.dtype, width, M) or config(x.dtype, M)
     grid = (triton.cdiv(M, tile["BLOCK_M"]) * triton.cdiv(N, tile["BLOCK_N"]),)
-    if y.numel():
-        with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
-            lora_linear_forward[grid](
-                x2,
-                weight,
-                s,
-                b,
-                bias,
-                y,
-                *x2.stride(),
-                *weight.stride(),
-                s.stride(0),
-                *b.stride(),
-                y.stride(0),
-                M,
-                N,
-                K,
-                R,
-                scale,
-                BIAS=bias is not None,
-                BLOCK_R=width,
-                WIDEN=_triton.must_widen(x.dtype),
-                PRECISION=_triton.dot_precision(),
-                **tile,
-            )
-    lead = x.shape[:-1]
-    return y.view(*lead, N), s.view(*lead, R)
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+        lora_linear_forward[grid](
+            x,
+            weight,
+            s,
+            b,
+            bias,
+            y,
+            x.stride(0),
+            *weight.stride(),
+            s.stride(0),
+            b.stride(0),
+            y.stride(0),
+            M,
+            N,
+            K,
+            R,
+            scale,
+            BIAS=bias is not None,
+            BLOCK_R=width,
+            **operands(x.dtype),
+            **tile,
+        )
+    return y

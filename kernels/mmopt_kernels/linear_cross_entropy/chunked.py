@@ -1,0 +1,196 @@
+"""The linear cross-entropy by chunks of rows: vendor GEMMs around one step per chunk.
+
+The step turns the logits of a chunk into their gradient: in PyTorch here, or in the kernel of
+`kernel`, which does it in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Logits of a chunk. On a GPU, 256 rows of a vocabulary of 128k, enough rows for GEMMs at speed
+# where the other two dimensions are thousands: 64 MiB in 16 bits. On a CPU, 512 rows of 32k: 64 MiB
+# in float32. There each GEMM reads the whole weight and packs it anew, and from 64 to 512 rows more
+# were always faster (the case llama-124m of bench/bench_linear_cross_entropy.py).
+GPU_ELEMENTS = 2**25
+CPU_ELEMENTS = 2**24
+# How many times as many on a GPU where the weight is trained. Each chunk then reads and writes the
+# float32 sum of its gradient, 8 V H bytes beside 6 rows V H FLOPs: at the 3.35 TB/s and some 600
+# TFLOP/s of an H100 as long as the GEMMs with 240 rows, a quarter of that with 1024. Those logits,
+# in 16 bits, have rows / 2 H of the bytes of that sum: an eighth with 4096 features.
+TRAINED = 4
+# GEMMs like their rows in multiples of a tile's.
+ROWS = 64
+
+
+class Options(NamedTuple):
+    ignore_index: int
+    softcap: float | None
+    label_smoothing: float
+    z_loss: float
+
+
+class Arguments(NamedTuple):
+    """hidden ``[M, H]``, weight ``[V, H]``, labels ``[M]``, bias ``[V]``, a, b of its dtype."""
+
+    hidden: Tensor
+    weight: Tensor
+    labels: Tensor
+    bias: Tensor | None
+    a: Tensor | None
+    b: Tensor | None
+
+
+def chunk_rows(M: int, V: int, device: torch.device, trained: bool = False) -> int:
+    """How many rows a chunk has; trained: whether the weight is."""
+    elements = CPU_ELEMENTS if device.type == "cpu" else GPU_ELEMENTS * (TRAINED if trained else 1)
+    found = elements // max(V, 1)
+    found = found // ROWS * ROWS if found >= ROWS else found
+    return max(1, min(M, found))
+
+
+def run(
+    args: Arguments,
+    weights: Tensor | None,
+    options: Options,
+    needs: Sequence[bool],
+    triton: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    """The loss of each token, and gradients of the sum of ``weights * losses``.
+
+    Args:
+        weights: ``[M]`` in the dtype of the losses, zero for ignored tokens; None where no gradient
+            is needed.
+        needs: of hidden, weight, bias, a and b, whether a gradient is needed.
+
+    Returns:
+        Losses ``[M]``, float32 (float64 for float64), and the needed gradients: each in the dtype
+        of its tensor, but those of weight, bias, a and b in float32 where that has 16 bits: they
+        are sums over all tokens.
+    """
+    hidden, weight, labels, _, a, b = args
+    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    M, V = hidden.shape[0], weight.shape[0]
+    want = any(needs)
+    need_hidden, _, _, need_a, _ = needs
+    # A row that does not count would cost as much as any other. Of a CPU's tensors the host may ask
+    # which those are, and leave them out. The kernel is run as on a GPU.
+    picked = None
+    if hidden.device.type == "cpu" and not triton:
+        seen = labels != options.ignore_index
+        picked = None if seen.all() else seen.nonzero()[:, 0]
+    make = hidden.new_empty if picked is None else hidden.new_zeros
+    losses = make(M, dtype=wide)
+    dhidden = make(hidden.shape if need_hidden else 0)
+    sums = [
+        x.new_zeros(x.shape, dtype=wide) if need and x is not None else None
+        for x, need in zip((weight, args.bias, a, b), needs[1:], strict=True)
+    ]
+    dweight, dbias, da, db = sums
+    # The kernel walks both by one element. A gradient of a sum is expanded.
+    labels = labels.contiguous()
+    weights = None if weights is None else weights.to(wide).contiguous()
+    count = M if picked is None else picked.shape[0]
+    step = chunk_rows(count, V, hidden.device, dweight is not None)
+    for start in range(0, count, step):
+        rows = slice(start, start + step)
+        part = rows if picked is None else picked[rows]
+        h = hidden[part]
+        logits, s = _logits(h, args)
+        y, w = labels[part], weights[part] if want and weights is not None else None
+        if triton:
+            from mmopt_kernels.linear_cross_entropy.kernel import launch  # first Triton import
+
+            losses[part] = launch(logits, y, w, options)
+            d = logits
+        else:
+            losses[part], found = _step(logits, y, w, options)
+            d = logits if found is None else found.to(hidden.dtype)
+        del logits
+        if not want:
+            continue
+        ds = None
+        if a is not None and b is not None and (need_hidden or need_a):
+            ds = d @ b  # [rows, R]
+        if need_hidden:
+            dh = dhidden[part] if picked is None else h.new_empty(h.shape)
+            torch.mm(d, weight, out=dh)
+            if ds is not None and a is not None:
+                dh.addmm_(ds, a)
+            if picked is not None:
+                dhidden[part] = dh
+        if dweight is not None:
+            _add_product(dweight, d, h)
+        if dbias is not None:
+            dbias += d.sum(0, dtype=wide)
+        if da is not None and ds is not None:
+            _add_product(da, ds, h)
+        if db is not None and s is not None:
+            _add_product(db, d, s)
+    return losses, [x for x in (dhidden if need_hidden else None, *sums) if x is not None]
+
+
+def _logits(h: Tensor, args: Arguments) -> tuple[Tensor, Tensor | None]:
+    """``[rows, V]`` in the dtype of h, before softcap, and the adapter's ``[rows, R]``."""
+    logits = torch.nn.functional.linear(h, args.weight, args.bias)
+    if args.a is None or args.b is None:
+        return logits, None
+    s = h @ args.a.t()
+    return logits.addmm_(s, args.b.t()), s
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """``total += leftᵀ right``."""
+    if left.dtype == total.dtype:
+        total.addmm_(left.t(), right)
+    elif left.is_cuda and torch.version.hip is None:
+        # Summed by the GEMM: no product of the size of the weight, rounded to 16 bits.
+        torch.ops.aten.addmm.dtype_out(total, left.t(), right, total.dtype, out=total)
+    else:
+        total += left.t() @ right
+
+
+def _step(
+    logits: Tensor, labels: Tensor, weights: Tensor | None, options: Options
+) -> tuple[Tensor, Tensor | None]:
+    """The loss of each row, and the gradient of the logits where there are weights.
+
+    Works in place, on the logits themselves where they are float32 or float64: nothing else of
+    their size exists, but for softcap's second factor.
+    """
+    ignore_index, softcap, smoothing, z_loss = options
+    x = logits if logits.dtype == torch.float64 else logits.float()
+    if softcap is not None:
+        x = x.div_(softcap).tanh_().mul_(softcap)
+    V = x.shape[1]
+    seen = labels != ignore_index
+    y = torch.where(seen, labels, 0).long()[:, None]
+    target = x.gather(1, y)[:, 0]
+    mean = x.mean(1) if smoothing else None
+    slope = None
+    if softcap is not None and weights is not None:
+        slope = x.div(softcap).square_().neg_().add_(1.0)
+    # Of a row of only -inf the difference would be NaN.
+    top = x.amax(1).clamp_(min=torch.finfo(x.dtype).min)
+    e = x.sub_(top[:, None]).exp_()
+    total = e.sum(1)
+    # A row that does not count may hold anything, its infinities times 0 being NaN.
+    lse = torch.where(seen, top + total.log(), 0.0)
+    losses = lse - (1.0 - smoothing) * target + z_loss * lse.square()
+    if mean is not None:
+        losses -= smoothing * mean
+    losses = torch.where(seen, losses, 0.0)
+    if weights is None:
+        return losses, None
+    w = torch.where(seen, weights, 0.0)
+    d = e.mul_((w * (1.0 + 2.0 * z_loss * lse) / total)[:, None])
+    d.scatter_add_(1, y, (w * (smoothing - 1.0))[:, None])
+    if smoothing:
+        d.sub_((w * (smoothing / V))[:, None])
+    if slope is not None:
+        d.mul_(slope)
+    return losses, d

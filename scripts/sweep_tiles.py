@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import tempfile
@@ -56,8 +57,10 @@ def _measure(target: str, kernel: str, case: str, config: tuning.Config) -> Figu
         # From the cache comes no log, which has the registers.
         knobs.cache.dir, knobs.nvidia.dump_ptxas_log = cache, True
         try:
-            launches = [one["kernel"] for one in worker.plan(target, case)]
-            indices = [index for index, name in enumerate(launches) if name == kernel]
+            planned = enumerate(worker.plan(target, case))
+            # Of launches that compile to the same code one: the others would come from the cache.
+            found = {one["key"]: index for index, one in planned if one["kernel"] == kernel}
+            indices = list(found.values())
             built = [worker.build(target, case, index, None) for index in indices]
         except Exception as error:  # noqa: BLE001 - one candidate's failure is one line
             return f"{type(error).__name__}: {str(error).splitlines()[0]}"
@@ -87,6 +90,8 @@ def candidates(kernel: str, chosen: argparse.Namespace) -> list[dict[str, int]]:
     axes = {
         "BLOCK_M": chosen.rows,
         "BLOCK_N": chosen.columns,
+        "BLOCK_K": chosen.depths,
+        "GROUP_M": [8],
         "num_warps": chosen.warps,
         "num_stages": chosen.stages,
         "TMA": chosen.tma,
@@ -94,13 +99,18 @@ def candidates(kernel: str, chosen: argparse.Namespace) -> list[dict[str, int]]:
     }
     axes = {name: axes[name] for name in tuning.FIELDS[kernel]}
     found = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
-    return sorted(found, key=lambda one: (-one["BLOCK_M"] * one["BLOCK_N"], -one["num_stages"]))
+    return sorted(found, key=lambda one: (-math.prod(_blocks(one)), -one["num_stages"]))
+
+
+def _blocks(config: tuning.Config) -> list[int]:
+    return [size for name, size in config.items() if name.startswith("BLOCK_")]
 
 
 def sweep(chosen: argparse.Namespace) -> None:
     for config in candidates(chosen.kernel, chosen):
         for case in chosen.cases:
-            figures = measure(chosen.target, chosen.kernel, f"attention/{case}", config)
+            name = case if "/" in case else f"attention/{case}"
+            figures = measure(chosen.target, chosen.kernel, name, config)
             print(f"{_short(config):28} {case:28} {show(chosen.target, figures)}", flush=True)
             if isinstance(figures, str) or figures["spilled_bytes"]:
                 break
@@ -108,7 +118,7 @@ def sweep(chosen: argparse.Namespace) -> None:
 
 def _short(config: tuning.Config) -> str:
     flags = [name for name in ("TMA", "SPLIT") if config.get(name)]
-    tile = f"{config['BLOCK_M']}x{config['BLOCK_N']}"
+    tile = "x".join(map(str, _blocks(config)))
     return " ".join([tile, f"w{config['num_warps']} s{config['num_stages']}", *flags])
 
 
@@ -187,10 +197,13 @@ def main() -> None:
     commands = parser.add_subparsers(required=True)
     one = commands.add_parser("sweep", help="compile candidates")
     one.add_argument("target", choices=TARGETS)
-    one.add_argument("kernel", choices=[name for name in tuning.FIELDS if "attention" in name])
-    one.add_argument("cases", nargs="+", metavar="CASE", help="as in bf16-d128-causal")
+    one.add_argument("kernel", choices=tuning.FIELDS)
+    one.add_argument(
+        "cases", nargs="+", metavar="CASE", help="bf16-d128-causal of attention, or op/case"
+    )
     one.add_argument("--rows", type=numbers, default=[64, 128], help="BLOCK_M: 64,128")
     one.add_argument("--columns", type=numbers, default=[32, 64, 128], help="BLOCK_N: 32,64,128")
+    one.add_argument("--depths", type=numbers, default=[64], help="BLOCK_K, of LoRA: 32,64")
     one.add_argument("--warps", type=numbers, default=[8])
     one.add_argument("--stages", type=numbers, default=[2, 3])
     one.add_argument("--tma", type=flags, default=[False], help="on, off or on,off")

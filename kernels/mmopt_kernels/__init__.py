@@ -13,23 +13,40 @@ from mmopt_kernels.errors import CheckFailedError, InputError, KernelInputError,
 
 if TYPE_CHECKING:
     from mmopt_kernels.attention import Intervals, attention
-    from mmopt_kernels.lora_linear import lora_linear
+    from mmopt_kernels.dequantize_nf4 import dequantize_nf4
+    from mmopt_kernels.linear_cross_entropy import LoraFactors, linear_cross_entropy
+    from mmopt_kernels.lora_linear import Projection, lora_linear, lora_linear_group
+    from mmopt_kernels.quantized import Int8Weight, NF4Weight
 
 _HOME = {
+    "Int8Weight": "mmopt_kernels.quantized",
     "Intervals": "mmopt_kernels.attention",
+    "LoraFactors": "mmopt_kernels.linear_cross_entropy",
+    "NF4Weight": "mmopt_kernels.quantized",
+    "Projection": "mmopt_kernels.lora_linear",
     "attention": "mmopt_kernels.attention",
+    "dequantize_nf4": "mmopt_kernels.dequantize_nf4",
+    "linear_cross_entropy": "mmopt_kernels.linear_cross_entropy",
     "lora_linear": "mmopt_kernels.lora_linear",
+    "lora_linear_group": "mmopt_kernels.lora_linear",
 }
 
 __all__ = [
     "CheckFailedError",
     "InputError",
+    "Int8Weight",
     "Intervals",
     "KernelInputError",
+    "LoraFactors",
     "MmoptError",
+    "NF4Weight",
+    "Projection",
     "__version__",
     "attention",
+    "dequantize_nf4",
+    "linear_cross_entropy",
     "lora_linear",
+    "lora_linear_group",
 ]
 
 

@@ -61,6 +61,22 @@ FIELDS = {
         "num_warps",
         "num_stages",
     ),
+    # Its width is the rows of the tile, its length N.
+    "lora_linear_nf4": ("BLOCK_N", "BLOCK_K", "num_warps"),
+    "lora_linear_down": ("BLOCK_M", "BLOCK_K", "num_warps", "num_stages"),
+    "lora_linear_up_backward": ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"),
+    "lora_linear_down_backward": ("BLOCK_M", "BLOCK_K", "num_warps", "num_stages"),
+    "lora_linear_input_backward": (
+        "BLOCK_M",
+        "BLOCK_N",
+        "BLOCK_K",
+        "GROUP_M",
+        "num_warps",
+        "num_stages",
+    ),
+    "lora_linear_add": ("BLOCK_M", "BLOCK_K", "num_warps", "num_stages"),
+    # Its width is the vocabulary, its length the rows of a chunk.
+    "cross_entropy": ("BLOCK_V", "num_warps"),
 }
 FEATURES = ("dropout", "softcap")
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from mmopt_kernels.inspection.targets import TARGETS
+from mmopt_kernels.quantized import NF4Weight, flatten
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -115,13 +116,134 @@ def _lora_linear(dtype: str, rows: int, rank: int, default: frozenset[str]) -> C
     def launch() -> None:
         from mmopt_kernels.lora_linear import kernel
 
-        # On the CPU and small: the launcher multiplies x and A with PyTorch, and turns autocast
-        # off, which does not know meta tensors.
-        x, weight = (torch.zeros(n, 1024, dtype=_DTYPES[dtype]) for n in (rows, 1024))
-        a, b = torch.zeros(rank, 1024), torch.zeros(1024, rank)
-        kernel.launch(x, weight, a, b, x.new_zeros(1024), 2.0)
+        x, weight, s = (
+            _matrix(dtype, *shape) for shape in ((rows, 1024), (1024, 1024), (rows, rank))
+        )
+        kernel.up(x, weight, s, _matrix("fp32", 1024, rank), x.new_empty(1024), 2.0)
 
     return Case(f"lora_linear/{dtype}-m{rows}-r{rank}", launch, dtype, None, default)
+
+
+def _lora_down(dtype: str, rows: int, rank: int, features: str, default: frozenset[str]) -> Case:
+    """4096 features through the adapter's first factor, alone and with several adapters."""
+
+    def launch() -> None:
+        from mmopt_kernels.lora_linear import kernel
+
+        x, a = _matrix(dtype, rows, 4096), _matrix(dtype, rank, 4096)
+        kernel.down(x, a, *_drawn(x, features), *_adapters(x, rank, features))
+
+    name = f"lora_down/{dtype}-m{rows}-r{rank}-{features}"
+    return Case(name, launch, dtype, None, default)
+
+
+def _lora_backward(
+    dtype: str, rows: int, rank: int, features: str, default: frozenset[str]
+) -> Case:
+    """Every step of the backward of a square layer of 4096 features."""
+
+    def launch() -> None:
+        from mmopt_kernels.lora_linear import kernel_backward
+
+        x, weight, a = (_matrix(dtype, n, 4096) for n in (rows, 4096, rank))
+        s, b = _matrix(dtype, rows, rank), _matrix(dtype, 4096, rank)
+        drawn, adapters = _drawn(x, features), _adapters(x, rank, features)
+        ds, _ = kernel_backward.up_backward(x, s, b, 2.0, *adapters)
+        kernel_backward.down_backward(ds, x, *drawn)
+        kernel_backward.input_backward(x, weight, ds, a, *drawn)
+        kernel_backward.add_masked_(x, ds, a, *drawn)
+
+    name = f"lora_backward/{dtype}-m{rows}-r{rank}-{features}"
+    return Case(name, launch, dtype, None, default)
+
+
+def _nf4_weight(rows: int, columns: int, nested: bool) -> NF4Weight:
+    blocks = -(-rows * columns // 64)
+    main = torch.empty(rows * columns // 2, dtype=torch.uint8, device=torch.device("meta"))
+    code = _matrix("fp32", 16)
+    if not nested:
+        return NF4Weight(main, _matrix("fp32", blocks), (rows, columns), code=code)
+    return NF4Weight(
+        packed=main,
+        absmax=main.new_empty(blocks),
+        shape=(rows, columns),
+        nested_absmax=_matrix("fp32", -(-blocks // 256)),
+        nested_code=_matrix("fp32", 256),
+        offset=_matrix("fp32", 1),
+        code=code,
+    )
+
+
+def _lora_nf4(dtype: str, rows: int, columns: int, nested: bool, default: frozenset[str]) -> Case:
+    """Up to 64 rows through a quantized layer with 4096 outputs and its adapter of rank 16."""
+
+    def launch() -> None:
+        from mmopt_kernels.lora_linear import kernel_nf4
+
+        x, s, b = (_matrix(dtype, *shape) for shape in ((rows, columns), (rows, 16), (4096, 16)))
+        kernel_nf4.up_nf4(x, _nf4_weight(4096, columns, nested), s, b, x.new_empty(4096), 2.0)
+
+    kind = "nested" if nested else "plain"
+    return Case(f"lora_nf4/{dtype}-m{rows}-k{columns}-{kind}", launch, dtype, None, default)
+
+
+def _dequantize_nf4(dtype: str, nested: bool, default: frozenset[str]) -> Case:
+    """A square weight of 4096 features."""
+
+    def launch() -> None:
+        from mmopt_kernels.dequantize_nf4 import kernel
+
+        main, (absmax, code, *inner), _ = flatten(_nf4_weight(4096, 4096, nested))
+        outer, outer_code, offset = inner or (None, None, None)
+        sizes = (4096, 4096, 64)
+        kernel.launch(main, absmax, code, outer, outer_code, offset, *sizes, _DTYPES[dtype])
+
+    kind = "nested" if nested else "plain"
+    return Case(f"dequantize_nf4/{dtype}-{kind}", launch, dtype, None, default)
+
+
+def _cross_entropy(dtype: str, features: str, default: frozenset[str]) -> Case:
+    """A chunk of 256 rows of a vocabulary of 128k, its logits replaced by their gradient."""
+
+    def launch() -> None:
+        from mmopt_kernels.linear_cross_entropy import kernel
+        from mmopt_kernels.linear_cross_entropy.chunked import Options
+
+        logits = _matrix(dtype, 256, 128_256)
+        labels, weights = logits.new_empty(256, dtype=torch.int64), _matrix("fp32", 256)
+        everything = features == "everything"
+        options = Options(-100, 30.0 if everything else None, 0.1 if everything else 0.0, 1e-4)
+        kernel.launch(logits, labels, weights, options)
+
+    return Case(f"cross_entropy/{dtype}-{features}", launch, dtype, None, default)
+
+
+def _matrix(dtype: str, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=_DTYPES[dtype], device=torch.device("meta"))
+
+
+def _drawn(x: Tensor, features: str) -> tuple[Tensor | None, float]:
+    """Seed and probability of dropout."""
+    return (x.new_empty(1, dtype=torch.int64), 0.1) if "dropout" in features else (None, 0.0)
+
+
+def _adapters(x: Tensor, rank: int, features: str) -> tuple[Tensor | None, Tensor | None]:
+    """Which adapter each row and each column is of."""
+    if "adapters" not in features:
+        return None, None
+    return x.new_empty(x.shape[0], dtype=torch.int32), x.new_empty(rank, dtype=torch.int32)
+
+
+def _dropout(dtype: str, default: frozenset[str]) -> Case:
+    """4096 rows of 4096 features."""
+
+    def launch() -> None:
+        from mmopt_kernels.dropout import kernel
+
+        x = _matrix(dtype, 4096, 4096)
+        kernel.launch(x, x.new_empty(1, dtype=torch.int64), 0.1)
+
+    return Case(f"dropout/{dtype}", launch, dtype, None, default)
 
 
 CASES: tuple[Case, ...] = (
@@ -138,6 +260,20 @@ CASES: tuple[Case, ...] = (
     _lora_linear("bf16", 4096, 16, EVERYWHERE),
     _lora_linear("bf16", 16, 16, EVERYWHERE),
     _lora_linear("fp32", 4096, 16, EVERYWHERE),
+    *(_lora_down("bf16", 4096, r, f, EVERYWHERE) for r in (16, 64) for f in ("plain", "dropout")),
+    _lora_down("bf16", 16, 16, "dropout", HOPPER),
+    _lora_down("bf16", 4096, 192, "dropout-adapters", HOPPER),
+    _lora_down("fp32", 4096, 16, "dropout", HOPPER),
+    *(_lora_backward("bf16", 4096, r, "dropout", EVERYWHERE) for r in (16, 64)),
+    _lora_backward("bf16", 4096, 16, "plain", HOPPER),
+    _lora_backward("bf16", 16, 16, "dropout", HOPPER),
+    _lora_backward("bf16", 4096, 192, "dropout-adapters", HOPPER),
+    _lora_backward("fp32", 4096, 16, "dropout", HOPPER),
+    _dropout("bf16", EVERYWHERE),
+    _lora_nf4("bf16", 16, 4096, True, EVERYWHERE),
+    _lora_nf4("bf16", 64, 4096, True, EVERYWHERE),
+    _dequantize_nf4("bf16", True, EVERYWHERE),
+    _cross_entropy("bf16", "everything", EVERYWHERE),
     # Only with --all.
     *(_attention("bf16", d, "full", NOWHERE) for d in (64, 80, 128)),
     *(_attention("bf16", d, "intervals", NOWHERE) for d in (64, 256)),
@@ -154,6 +290,20 @@ CASES: tuple[Case, ...] = (
     *(_decode("bf16", d, g, "everything", NOWHERE) for d in (64, 256) for g in (1, 8)),
     _lora_linear("fp16", 4096, 64, NOWHERE),
     _lora_linear("bf16", 4096, 64, NOWHERE),
+    *(_lora_down("fp32", 4096, 64, f, NOWHERE) for f in ("plain", "dropout")),
+    *(_lora_backward("fp32", 4096, 64, f, NOWHERE) for f in ("plain", "dropout")),
+    *(_lora_backward("bf16", 4096, r, "plain", NOWHERE) for r in (64, 192)),
+    _lora_down("bf16", 4096, 192, "plain", NOWHERE),
+    _dropout("fp32", NOWHERE),
+    _lora_nf4("bf16", 1, 4096, False, NOWHERE),
+    _lora_nf4("bf16", 32, 4096, False, NOWHERE),
+    # Blocks across rows and tiles, and rows that begin in the middle of a byte.
+    *(_lora_nf4("bf16", 64, columns, True, NOWHERE) for columns in (4128, 4100)),
+    *(_lora_nf4("fp32", rows, 4096, True, NOWHERE) for rows in (16, 64)),
+    _dequantize_nf4("bf16", False, NOWHERE),
+    _dequantize_nf4("fp32", True, NOWHERE),
+    _cross_entropy("bf16", "plain", NOWHERE),
+    _cross_entropy("fp32", "everything", NOWHERE),
 )
 
 

@@ -1,26 +1,35 @@
-"""`mmopt.optimize`: one pass over the towers, one over the LoRA layers."""
+"""`mmopt.optimize`: one pass over the towers, one over the LoRA layers, and the loss."""
 
+from functools import partial
 from typing import Any
 
 from mmopt.attach.attention import attach_attention
+from mmopt.attach.gradients import check_gradients
 from mmopt.attach.lora import attach_lora
+from mmopt.attach.loss import attach_loss
 from mmopt.attach.report import OptimizationReport, Row
 from mmopt_kernels.errors import InputError
 
 
-def optimize(model: Any, *, attention: bool = True, lora: bool = True) -> OptimizationReport:
+def optimize(
+    model: Any, *, attention: bool = True, lora: bool = True, loss: bool = True
+) -> OptimizationReport:
     """Make `model` call mmopt's fused ops, in place, without changing what it computes.
 
     Attention: every tower (the modules that share one config) that dispatches through
-    transformers' `AttentionInterface` gets the implementation `"mmopt"`. LoRA: every
-    `peft.tuners.lora.Linear` over a plain `nn.Linear` computes base and adapter in one op;
-    `set_adapter`, `disable_adapter`, merging, unloading and saving work as before. Calling it
-    again changes nothing more.
+    transformers' `AttentionInterface` gets the implementation `"mmopt"`. LoRA: every LoRA layer
+    over a linear base (`nn.Linear`, GPT-2's `Conv1D`, bitsandbytes' NF4 and int8) computes base
+    and adapters in one op: dropout, DoRA, rsLoRA, several adapters at once or row by row.
+    `set_adapter`, `disable_adapter`, merging, unloading, saving and swapping work as before.
+    Loss: a causal language model that is trained with labels computes output layer and
+    cross-entropy in one op; its output then has no logits. Calling it again changes nothing more,
+    but attaches layers that were added since.
 
     Args:
         model: a transformers `PreTrainedModel` or a PEFT model around one; any device and dtype.
         attention: attach the attention op.
         lora: attach the LoRA op.
+        loss: attach the loss op.
 
     Returns:
         A row per module: what it became, or why it was left alone. `undo()` reverts it.
@@ -39,7 +48,13 @@ def optimize(model: Any, *, attention: bool = True, lora: bool = True) -> Optimi
         found, restore = attach_lora(model)
         rows += found
         restorers.append(restore)
-    return OptimizationReport(rows=tuple(rows), _restorers=tuple(restorers))
+    if loss:
+        found, restore = attach_loss(model)
+        rows += found
+        restorers.append(restore)
+    return OptimizationReport(
+        rows=tuple(rows), _restorers=tuple(restorers), _check=partial(check_gradients, model)
+    )
 
 
 def transformers_model(model: Any) -> Any:

@@ -13,9 +13,11 @@ class Row:
 
     Attributes:
         name: its dotted path in the model; `""` is the model itself.
-        kind: `attention` (a tower: every layer that shares one config) or `lora` (one layer).
+        kind: `attention` (a tower: every layer that shares one config), `lora` (one adapted
+            layer) or `loss` (the loss of the model).
         became: the op it now calls, or None when it was left alone.
-        reason: why it was left alone, or when an attached layer still takes PEFT's own path.
+        reason: why it was left alone, when an attached layer still takes PEFT's own path, or what
+            an attached layer computes otherwise.
     """
 
     name: str
@@ -29,11 +31,12 @@ class OptimizationReport:
     """A row per module that an op could serve, attached or not.
 
     Attributes:
-        rows: towers first, then LoRA layers, each in the model's own order.
+        rows: towers first, then LoRA layers, each in the model's own order, then the loss.
     """
 
     rows: tuple[Row, ...]
     _restorers: tuple[Callable[[], None], ...] = field(default=(), repr=False, compare=False)
+    _check: Callable[[], None] | None = field(default=None, repr=False, compare=False)
 
     @property
     def attached(self) -> int:
@@ -53,6 +56,17 @@ class OptimizationReport:
         """
         for restore in self._restorers:
             restore()
+
+    def check_gradients(self) -> None:
+        """After a backward pass: raise when an adapter that should train got no gradient.
+
+        Call it once, after the first backward. It reads every gradient on the host.
+
+        Raises:
+            CheckFailedError: the loss does not reach an active, trainable adapter; names it.
+        """
+        if self._check is not None:
+            self._check()
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON values."""

@@ -11,6 +11,7 @@ from rich.table import Table
 from torch import nn
 
 from mmopt.attach import OptimizationReport, optimize
+from mmopt.attach.gradients import dead_adapters
 from mmopt.attach.optimize import transformers_model
 from mmopt.compilation.inputs import example_batch
 from mmopt.compilation.model import (
@@ -41,7 +42,9 @@ class CompileReport:
         graph_breaks, recompiles: of the compiled model with mmopt's ops, over two batches of
             different lengths.
         parity: outputs, and in mode `train` the loss and every gradient, of the compiled model
-            with the ops against the untouched eager model, with dropout off.
+            with the ops against the untouched eager model, with dropout off. The fused loss forms
+            no logits; with it, the loss and the gradients stand for them.
+        dead_adapters: in mode `train`, the trainable adapters that got no gradient.
         seconds: samples per variant, of one forward, in mode `train` with its backward.
         threads: CPU threads that PyTorch used.
     """
@@ -54,13 +57,15 @@ class CompileReport:
     graph_breaks: tuple[GraphBreak, ...]
     recompiles: tuple[Recompile, ...]
     parity: tuple[Parity, ...]
+    dead_adapters: tuple[str, ...]
     seconds: dict[str, list[float]]
     threads: int
 
     @property
     def exit_code(self) -> int:
-        """1 when the graph breaks or a tensor is off, else 0."""
-        return 0 if not self.graph_breaks and all(group.holds for group in self.parity) else 1
+        """1 when the graph breaks, a tensor is off or an adapter does not train, else 0."""
+        bad = self.graph_breaks or self.dead_adapters
+        return 0 if not bad and all(group.holds for group in self.parity) else 1
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON values."""
@@ -73,6 +78,7 @@ class CompileReport:
             "graph_breaks": [vars(place) for place in self.graph_breaks],
             "recompiles": [vars(place) for place in self.recompiles],
             "parity": [group.to_dict() for group in self.parity],
+            "dead_adapters": list(self.dead_adapters),
             "seconds": {
                 name: {"median": median(samples), "samples": samples}
                 for name, samples in self.seconds.items()
@@ -93,6 +99,9 @@ class CompileReport:
                 f"{group.group}: {'match eager' if group.holds else 'DO NOT MATCH eager'}; worst "
                 f"of {group.tensors} is {group.worst}: {error} (at most {group.tolerance:.0e})"
             )
+        if self.dead_adapters:
+            parts.append(f"{len(self.dead_adapters)} adapters got NO GRADIENT:")
+            parts.extend(f"  {name}" for name in self.dead_adapters)
         what = "forward + backward" if self.mode == "train" else "forward"
         table = Table(
             title=f"{what}, batch {self.batch}, length {self.length}, {self.threads} CPU threads"
@@ -158,6 +167,9 @@ def compile_checkpoint(
 
     alone, attached = _twin(eager), _twin(eager)
     optimization = optimize(attached)
+    for each in (eager, attached):
+        # The fused loss is one of training mode. Dropout belongs to modules within and stays off.
+        transformers_model(each).training = train
     with progress("compile with mmopt", None):
         checked = compile(attached, inputs, mode=mode, allow_breaks=True)
     with progress("compare", None):
@@ -166,6 +178,7 @@ def compile_checkpoint(
             for example in (inputs, other)
             for group in _compare(eager, checked, example, train=train)
         )
+    dead = _dead_adapters(checked, inputs) if train else ()
     graph_breaks, recompiles = checked.graph_breaks, checked.recompiles
 
     for each in (eager, alone, attached):
@@ -192,6 +205,7 @@ def compile_checkpoint(
         graph_breaks=graph_breaks,
         recompiles=recompiles,
         parity=parity,
+        dead_adapters=dead,
         seconds=seconds,
         threads=torch.get_num_threads(),
     )
@@ -208,7 +222,10 @@ def _compare(
 ) -> list[Parity]:
     with torch.set_grad_enabled(train):
         expected, actual = eager(**inputs), compiled(**inputs)
-    found = [compare("outputs", tensors_of(expected), tensors_of(actual))]
+    outputs = tensors_of(expected), tensors_of(actual)
+    if train and "logits" not in outputs[1] and "loss" in outputs[1]:
+        outputs[0].pop("logits", None)
+    found = [compare("outputs", *outputs)]
     if train:
         losses = loss_of(expected), loss_of(actual)
         found.append(compare("loss", {"loss": losses[0]}, {"loss": losses[1]}))
@@ -220,6 +237,13 @@ def _compare(
             )
         )
     return found
+
+
+def _dead_adapters(compiled: CompiledModel, inputs: dict[str, Any]) -> tuple[str, ...]:
+    found = gradients(loss_of(compiled(**inputs)), compiled.module)
+    named = dict(compiled.module.named_parameters())
+    by_parameter = {id(named[name]): gradient for name, gradient in found.items()}
+    return tuple(dead_adapters(compiled.module, lambda p: by_parameter.get(id(p))))
 
 
 def _step(

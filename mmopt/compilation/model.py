@@ -146,7 +146,9 @@ def compile(
     """Compile `model` into one graph by running it on `example_batch`.
 
     The batch is tried eagerly first, so that what is wrong with it is told apart from what cannot
-    be compiled. In mode `"train"` the backward is compiled as well; no gradient is stored.
+    be compiled. In mode `"train"` the backward is compiled as well; no gradient is stored. Floats
+    of the model are constants, PEFT's scales among them: each new value is a recompile. Call PEFT's
+    `prepare_model_for_compiled_hotswap` before to have scales, and adapters, that change freely.
 
     Args:
         model: a transformers `PreTrainedModel` or a PEFT model around one.

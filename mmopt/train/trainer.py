@@ -7,6 +7,7 @@ import torch
 import transformers
 
 import mmopt
+from mmopt.attach.gradients import check_gradients
 from mmopt_kernels.errors import CheckFailedError
 
 
@@ -67,12 +68,12 @@ class _RequireGradients(transformers.TrainerCallback):
     ) -> None:
         if state.global_step > 0:
             return
+        check_gradients(model)
         dead = [
             name
             for name, parameter in model.named_parameters()
-            # B starts at zero, so at the first step A's gradient is zero by construction.
             if parameter.requires_grad
-            and ".lora_A." not in name
+            and "lora_" not in name
             and (parameter.grad is None or not bool(torch.any(parameter.grad)))
         ]
         if dead:

@@ -267,7 +267,9 @@ def test_cli_reports_one_json_document(checkpoint):
     result = cli(*compile_arguments(checkpoint, "--json"))
     assert result.exit_code == 0, result.output
     document = json.loads(result.stdout)
-    assert document["optimization"]["attached"] == len(document["optimization"]["rows"]) > 1
+    rows = document["optimization"]["rows"]
+    assert document["optimization"]["attached"] > 1
+    assert all(row["became"] for row in rows if row["kind"] != "loss")
     assert document["graph_breaks"] == document["recompiles"] == []
     assert [group["holds"] for group in document["parity"]] == [True, True]
     assert [len(x["samples"]) for x in document["seconds"].values()] == [3, 3, 3]
@@ -282,6 +284,44 @@ def test_cli_trains_and_compares_gradients(checkpoint):
     groups = {group["group"]: group["tensors"] for group in document["parity"]}
     assert groups["gradients"] > 2
     assert {"outputs", "loss"} < set(groups)
+    assert document["dead_adapters"] == []
+
+
+@pytest.mark.slow
+def test_cli_holds_a_fused_loss_against_eager(tmp_path):
+    """A causal model trained with mmopt's loss has no logits: loss and gradients stand for them."""
+    llama().save_pretrained(tmp_path / "base")
+    with_adapter(llama()).save_pretrained(tmp_path / "adapter")
+    arguments = (tmp_path / "base", "--adapter", tmp_path / "adapter", "--mode", "train")
+    result = cli(*arguments, "--batch", 2, "--length", 8, "--rounds", 3, "--json")
+    assert result.exit_code == 0, result.output
+    document = json.loads(result.stdout)
+    (loss,) = (row for row in document["optimization"]["rows"] if row["kind"] == "loss")
+    assert loss["became"] == "mmopt::linear_cross_entropy"
+    assert document["graph_breaks"] == document["recompiles"] == document["dead_adapters"] == []
+    tensors = {group["group"]: group["tensors"] for group in document["parity"]}
+    assert tensors["outputs"] == tensors["loss"] == 1
+    assert tensors["gradients"] == 14
+
+
+@pytest.mark.slow
+def test_cli_exits_1_and_names_an_adapter_that_does_not_train(checkpoint, monkeypatch):
+    """Cut off the graph, it computes what eager does and learns nothing."""
+
+    def cut(model):
+        for name, layer in model.named_modules():
+            if name.endswith("self.query"):
+                forward = layer.forward
+                layer.forward = lambda x, forward=forward: forward(x).detach()
+        return mmopt.OptimizationReport(rows=())
+
+    monkeypatch.setattr("mmopt.compilation.checkpoint.optimize", cut)
+    result = cli(*compile_arguments(checkpoint, "--mode", "train", "--json"))
+    assert result.exit_code == 1, result.output
+    document = json.loads(result.stdout)
+    (dead,) = document["dead_adapters"]
+    assert dead.endswith("attention.self.query (default)")
+    assert not all(group["holds"] for group in document["parity"])
 
 
 def test_cli_exits_1_and_names_the_worst_tensor_when_results_differ(checkpoint, monkeypatch):

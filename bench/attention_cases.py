@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from gpu_peers import Unavailable
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
@@ -25,10 +26,6 @@ Op = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """`(batch, head, query, key) -> bool`, as FlexAttention takes it."""
-
-
-class Unavailable(Exception):
-    """This peer cannot run this case here; says why."""
 
 
 @dataclass(frozen=True)

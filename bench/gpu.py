@@ -24,7 +24,7 @@ def main() -> int:
         if subprocess.run([sys.executable, "-m", "pytest", "-m", "gpu"], check=False).returncode:
             stderr.print("a test failed on the GPU; nothing was measured.", style="bold red")
             return 1
-        report = run_suites(["bench"], options=["-m", "gpu"], progress=progress_bar)
+        report = run_suites(["bench"], options=["-m", "gpu and not slow"], progress=progress_bar)
         path = RESULTS / result_name(report.document["mmopt"]["fingerprint"]["gpus"])
         write_suite_report(report, path)
     except MmoptError as error:

@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+import gpu_peers
 import pytest
 import torch
 from attention_cases import (
@@ -18,13 +19,13 @@ from attention_cases import (
     GPU,
     GPU_PEERS,
     Case,
-    Unavailable,
     dense_mask,
     document_edges,
     runnable,
     useful_flops,
     visible_pairs,
 )
+from gpu_peers import Unavailable
 from torch import Tensor
 
 from mmopt.measure.suites.figures import read_figures
@@ -210,9 +211,9 @@ def bench_gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setitem(sys.modules, spec.name, loaded)  # dataclasses look themselves up
     spec.loader.exec_module(loaded)
     monkeypatch.setattr(gpu_timing, "gpu_timer", lambda _name: WallTimer())
-    monkeypatch.setattr(loaded, "DEVICE", "cpu")
+    monkeypatch.setattr(gpu_peers, "DEVICE", "cpu")
+    monkeypatch.setattr(gpu_peers, "peak_allocated", lambda _call: 123)
     monkeypatch.setattr(loaded, "ATTENTION_ROUNDS", 3)
-    monkeypatch.setattr(loaded, "peak_allocated", lambda _call: 123)
     monkeypatch.setattr(
         loaded, "GPU_PEERS", {x: GPU_PEERS[x] for x in ("mmopt", "sdpa-cudnn", "sdpa-math")}
     )

@@ -83,8 +83,15 @@ def test_the_quick_pass_is_everything_but_slow_and_gpu(ids: list[str]) -> None:
     assert quick
     slow = {one for one in left_out if "bench_gpu" not in one}
     long = {one for one in slow if "[long-" in one}
-    assert {one.partition("[")[0] for one in slow - long} == {"bench/bench_export.py::bench_export"}
-    assert {one.partition("::")[0] for one in long} == {"bench/bench_attention.py"}
+    assert {one.partition("[")[0] for one in slow - long} == {
+        "bench/bench_export.py::bench_export",
+        "bench/bench_llama_step.py::bench_llama_step",
+    }
+    assert {one.partition("::")[0] for one in long} == {
+        "bench/bench_attention.py",
+        "bench/bench_linear_cross_entropy.py",
+        "bench/bench_lora.py",
+    }
     assert not any("[long-" in one for one in quick)
 
 

@@ -15,8 +15,8 @@ the host, and everything traces under torch.compile.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -71,6 +71,8 @@ class NF4Weight:
         nested_blocksize: 256.
         code: ``[16]`` float32. None is the NF4 table, which is then copied to the device with each
             call; pass `nf4_code` where that must not be, as in a CUDA graph.
+        layout: as `flatten` gives it. Made here, where sizes are numbers: to torch.compile those of
+            an argument may be symbols, which no string can hold.
     """
 
     packed: Tensor
@@ -82,6 +84,13 @@ class NF4Weight:
     offset: Tensor | None = None
     nested_blocksize: int = NESTED_BLOCKSIZE
     code: Tensor | None = None
+    layout: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        layout = f"nf4:{'x'.join(map(str, self.shape))}:{self.blocksize}"
+        if self.nested_absmax is not None:
+            layout += f":{self.nested_blocksize}"
+        object.__setattr__(self, "layout", layout)
 
     @classmethod
     def from_bitsandbytes(cls, weight: Tensor, quant_state: Any = None) -> NF4Weight:
@@ -194,16 +203,14 @@ def nf4_code(device: torch.device | str) -> Tensor:
 def flatten(weight: Weight) -> tuple[Tensor, list[Tensor], str]:
     """Main tensor, other tensors and layout, as the module lists them. No copy is made."""
     if isinstance(weight, NF4Weight):
-        N, K = weight.shape
         packed = weight.packed.reshape(-1).view(torch.uint8)
         code = nf4_code(packed.device) if weight.code is None else weight.code
-        layout, rest = f"nf4:{N}x{K}:{weight.blocksize}", [weight.absmax, code]
+        rest = [weight.absmax, code]
         if weight.nested_absmax is not None:
             assert weight.nested_code is not None
             assert weight.offset is not None
             rest += [weight.nested_absmax, weight.nested_code, weight.offset]
-            layout += f":{weight.nested_blocksize}"
-        return packed, rest, layout
+        return packed, rest, weight.layout
     if isinstance(weight, Int8Weight):
         return weight.values, [weight.scb], "int8"
     return weight, [], ""
@@ -336,22 +343,39 @@ def _check_nf4(op: str, weight: NF4Weight) -> None:
     blocks = -(-N * K // weight.blocksize)
     kind = "with" if double else "without"
     scale = torch.uint8 if double else torch.float32
-    why = f"because a weight of ({N}, {K}) has {blocks} blocks of {weight.blocksize}"
-    _part(op, "absmax", weight.absmax, blocks, why, scale, f"{kind} double quantization", weight)
+    # As functions, because torch.compile cannot make strings of sizes that it does not know.
+    _part(
+        op, "absmax", weight.absmax, blocks,
+        lambda: f"because a weight of ({N}, {K}) has {blocks} blocks of {weight.blocksize}",
+        scale, f"{kind} double quantization", weight,
+    )  # fmt: skip
+    stored = "as bitsandbytes has it"
     if double:
         outer = -(-blocks // NESTED_BLOCKSIZE)
-        why = f"because absmax has {blocks} values in blocks of {NESTED_BLOCKSIZE}"
-        parts = (
-            ("nested_absmax", weight.nested_absmax, outer, why),
-            ("nested_code", weight.nested_code, 256, "one for each byte"),
-            ("offset", weight.offset, 1, "for the whole weight"),
+        parts: tuple[tuple[str, Tensor | None, int, Callable[[], str]], ...] = (
+            (
+                "nested_absmax",
+                weight.nested_absmax,
+                outer,
+                lambda: f"because absmax has {blocks} values in blocks of {NESTED_BLOCKSIZE}",
+            ),
+            ("nested_code", weight.nested_code, 256, lambda: "one for each byte"),
+            ("offset", weight.offset, 1, lambda: "for the whole weight"),
         )
         for name, part, size, reason in parts:
             assert part is not None
-            _part(op, name, part, size, reason, torch.float32, "as bitsandbytes has it", weight)
+            _part(op, name, part, size, reason, torch.float32, stored, weight)
     if weight.code is not None:
-        why = "one for each nibble"
-        _part(op, "code", weight.code, 16, why, torch.float32, "as bitsandbytes has it", weight)
+        _part(
+            op,
+            "code",
+            weight.code,
+            16,
+            lambda: "one for each nibble",
+            torch.float32,
+            stored,
+            weight,
+        )
 
 
 def _part(
@@ -359,7 +383,7 @@ def _part(
     name: str,
     part: Tensor,
     size: int,
-    why_size: str,
+    why_size: Callable[[], str],
     dtype: torch.dtype,
     why_dtype: str,
     weight: NF4Weight,
@@ -367,7 +391,7 @@ def _part(
     if part.numel() != size:
         raise KernelInputError(
             f"{op}: {name} of the NF4 weight has {part.numel()} values, expected {size}, "
-            f"{why_size}. {_TOGETHER}"
+            f"{why_size()}. {_TOGETHER}"
         )
     if part.dtype != dtype:
         raise KernelInputError(

@@ -10,13 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmopt_kernels import Int8Weight, KernelInputError, NF4Weight, dequantize_nf4
+from mmopt_kernels import Int8Weight, KernelInputError, NF4Weight, dequantize_nf4, lora_linear
 from mmopt_kernels.quantized import (
     Weight,
     check,
     dense,
     flatten,
     layout_shape,
+    nf4_code,
     size,
     tensors_in,
     unflatten,
@@ -274,3 +275,18 @@ def test_the_oracle_of_these_tests_is_bitsandbytes_own() -> None:
 
     want = dequantize_4bit(layer.weight.data, layer.weight.quant_state).double()
     torch.testing.assert_close(dense64(weight), want, rtol=1e-5, atol=1e-8)
+
+
+def test_weight_may_be_an_argument_of_a_compiled_graph_with_dynamic_sizes() -> None:
+    """Its sizes are symbols there, and its layout is a string of them."""
+    packed = torch.randint(256, (128 * 32,), dtype=torch.uint8)
+    weight = NF4Weight(packed, torch.rand(128), (128, 64), code=nf4_code("cpu"))
+    a, b = torch.randn(4, 64), torch.randn(128, 4)
+
+    def run(x: Tensor, base: NF4Weight) -> Tensor:
+        return lora_linear(x, base, a, b, scale=0.5)
+
+    compiled = torch.compile(run, fullgraph=True, dynamic=True, backend="eager")
+    for rows in (3, 5):
+        x = torch.randn(rows, 64)
+        torch.testing.assert_close(compiled(x, weight), run(x, weight))

@@ -52,6 +52,16 @@ def test_every_rank_up_to_256(R: int, impl: str) -> None:
     check(call(Case(lead=(21,), K=40, N=24, R=R, dropout_p=0.2, dtype=FP16)), impl)
 
 
+@pytest.mark.parametrize(
+    ("impl", "dtype"),
+    [("addmm", torch.float64), pytest.param("triton", FP32, marks=pytest.mark.gpu)],
+    ids=["addmm", "triton"],
+)
+def test_a_million_rows(impl: str, dtype: torch.dtype) -> None:
+    """Of a small layer; a grid axis of 65535 would not do. One GEMM sums too many in float32."""
+    check(call(Case(lead=(10**6 + 3,), K=8, N=8, R=2, dropout_p=0.2, dtype=dtype)), impl)
+
+
 @pytest.mark.parametrize("impl", ["addmm", "reference"])
 @pytest.mark.parametrize(
     "case",

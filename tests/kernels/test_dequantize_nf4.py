@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -23,7 +24,7 @@ SHAPES = [(7, 33), (9, 100), (1, 1), (4, 256), (65, 130)]
 
 def to(weight: NF4Weight, device: str) -> NF4Weight:
     parts = {n: v.to(device) for n, v in vars(weight).items() if isinstance(v, torch.Tensor)}
-    return NF4Weight(**(vars(weight) | parts))
+    return dataclasses.replace(weight, **parts)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -102,7 +103,7 @@ def test_nan_around_the_parts_does_not_leak_in(nested: bool, impl: str) -> None:
             view = buffer[256 : 256 + part.numel()]
             view.copy_(part.reshape(-1))
             parts[name] = view
-    got = dequantize_nf4(NF4Weight(**(vars(weight) | parts)), torch.float32, impl=impl)
+    got = dequantize_nf4(dataclasses.replace(weight, **parts), torch.float32, impl=impl)
     assert torch.equal(got, want)
 
 
@@ -125,7 +126,7 @@ def test_a_gradient_is_refused_with_its_reason() -> None:
 
 def test_a_table_of_ones_own_is_used() -> None:
     weight = random_nf4(6, 64)
-    doubled = NF4Weight(**(vars(weight) | {"code": nf4_code("cpu") * 2}))
+    doubled = dataclasses.replace(weight, code=nf4_code("cpu") * 2)
     assert torch.equal(
         dequantize_nf4(doubled, torch.float32), dequantize_nf4(weight, torch.float32) * 2
     )

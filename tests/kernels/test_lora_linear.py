@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from lora_oracle import BF16, DEVICE, FP16, FP32, SEED, Call, Case, call, check, nf4_weight
@@ -470,7 +472,7 @@ def test_quantized_state_that_does_not_fit_is_refused() -> None:
     g = torch.Generator().manual_seed(0)
     x, a, b = torch.zeros(4, 64), torch.zeros(2, 64), torch.zeros(24, 2)
     good = nf4_weight(24, 64, True, g)
-    short = type(good)(**{**vars(good), "absmax": good.absmax[:-1]})
+    short = dataclasses.replace(good, absmax=good.absmax[:-1])
     with pytest.raises(KernelInputError, match=r"^lora_linear: absmax .* 23 values, expected 24"):
         lora_linear(x, short, a, b, scale=1.0)
     with pytest.raises(KernelInputError, match=r"weight has shape \(24, 64\), expected \[N, 32\]"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import pytest
@@ -69,7 +70,7 @@ def inputs(case: Case, dtype: torch.dtype, factor: torch.dtype) -> tuple[Tensor,
 
 def moved(weight: NF4Weight) -> NF4Weight:
     parts = {n: v.to(DEVICE) for n, v in vars(weight).items() if isinstance(v, torch.Tensor)}
-    return NF4Weight(**(vars(weight) | parts))
+    return dataclasses.replace(weight, **parts)
 
 
 def oracle(weight: NF4Weight, x: Tensor, s: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
@@ -133,7 +134,7 @@ def test_nan_around_the_inputs_neither_leaks_in_nor_is_touched(nested: bool, K: 
         for name, part in vars(weight).items()
         if isinstance(part, torch.Tensor)
     }
-    poisoned = NF4Weight(**(vars(weight) | parts))
+    poisoned = dataclasses.replace(weight, **parts)
     y = up_nf4(buried(x), poisoned, buried(s), buried(b), buried(bias), SCALE)
     # Packed bytes at an odd offset are read one at a time, and summed in smaller tiles.
     torch.testing.assert_close(y, want, rtol=1e-5, atol=1e-4)

@@ -173,12 +173,9 @@ def compile_checkpoint(
     with progress("compile with mmopt", None):
         checked = compile(attached, inputs, mode=mode, allow_breaks=True)
     with progress("compare", None):
-        parity = tuple(
-            group
-            for example in (inputs, other)
-            for group in _compare(eager, checked, example, train=train)
-        )
-    dead = _dead_adapters(checked, inputs) if train else ()
+        compared = [_compare(eager, checked, example, train=train) for example in (inputs, other)]
+    parity = tuple(group for groups, _ in compared for group in groups)
+    dead = compared[0][1]
     graph_breaks, recompiles = checked.graph_breaks, checked.recompiles
 
     for each in (eager, alone, attached):
@@ -219,31 +216,23 @@ def _twin(model: nn.Module) -> nn.Module:
 
 def _compare(
     eager: nn.Module, compiled: CompiledModel, inputs: dict[str, Any], *, train: bool
-) -> list[Parity]:
+) -> tuple[list[Parity], tuple[str, ...]]:
+    """Every group of tensors, and the adapters that got no gradient."""
     with torch.set_grad_enabled(train):
         expected, actual = eager(**inputs), compiled(**inputs)
     outputs = tensors_of(expected), tensors_of(actual)
     if train and "logits" not in outputs[1] and "loss" in outputs[1]:
         outputs[0].pop("logits", None)
     found = [compare("outputs", *outputs)]
-    if train:
-        losses = loss_of(expected), loss_of(actual)
-        found.append(compare("loss", {"loss": losses[0]}, {"loss": losses[1]}))
-        found.append(
-            compare(
-                "gradients",
-                gradients(losses[0], eager),
-                gradients(losses[1], compiled.module),
-            )
-        )
-    return found
-
-
-def _dead_adapters(compiled: CompiledModel, inputs: dict[str, Any]) -> tuple[str, ...]:
-    found = gradients(loss_of(compiled(**inputs)), compiled.module)
+    if not train:
+        return found, ()
+    losses = loss_of(expected), loss_of(actual)
+    found.append(compare("loss", {"loss": losses[0]}, {"loss": losses[1]}))
+    wanted, got = gradients(losses[0], eager), gradients(losses[1], compiled.module)
+    found.append(compare("gradients", wanted, got))
     named = dict(compiled.module.named_parameters())
-    by_parameter = {id(named[name]): gradient for name, gradient in found.items()}
-    return tuple(dead_adapters(compiled.module, lambda p: by_parameter.get(id(p))))
+    by_parameter = {id(named[name]): gradient for name, gradient in got.items()}
+    return found, tuple(dead_adapters(compiled.module, lambda p: by_parameter.get(id(p))))
 
 
 def _step(

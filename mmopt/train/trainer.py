@@ -72,8 +72,9 @@ class _RequireGradients(transformers.TrainerCallback):
         dead = [
             name
             for name, parameter in model.named_parameters()
+            # B starts at zero, so at the first step A's gradient is zero by construction.
             if parameter.requires_grad
-            and "lora_" not in name
+            and ".lora_A." not in name
             and (parameter.grad is None or not bool(torch.any(parameter.grad)))
         ]
         if dead:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from covering import covering, pairs
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -40,35 +41,6 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "dropout_p": (0.0, 0.3),
     "through_lse": (False, True),
 }
-
-
-def covering(factors: dict[str, tuple[Any, ...]]) -> list[dict[str, Any]]:
-    """Rows in which every two values of different factors meet, greedily few, always the same."""
-    names = list(factors)
-    missing = {
-        ((one, a), (other, b))
-        for one, other in itertools.combinations(names, 2)
-        for a in factors[one]
-        for b in factors[other]
-    }
-    rows = []
-    while missing:
-        (one, a), (other, b) = min(missing, key=repr)
-        row = {one: a, other: b}
-        for name in names:
-            if name not in row:
-                gains = [
-                    sum(pair in missing for pair in pairs(row | {name: x}) if name in dict(pair))
-                    for x in factors[name]
-                ]
-                row[name] = factors[name][gains.index(max(gains))]
-        rows.append({name: row[name] for name in names})
-        missing -= set(pairs(row))
-    return rows
-
-
-def pairs(row: dict[str, Any]) -> list[tuple[tuple[str, Any], tuple[str, Any]]]:
-    return list(itertools.combinations(((n, row[n]) for n in FACTORS if n in row), 2))
 
 
 @dataclass(frozen=True)
@@ -268,7 +240,7 @@ def check(case: Case, impl: str) -> None:
 
 
 def test_every_two_values_meet_in_few_rows() -> None:
-    met = set(itertools.chain.from_iterable(pairs(row) for row in ROWS))
+    met = set(itertools.chain.from_iterable(pairs(row, FACTORS) for row in ROWS))
     for one, other in itertools.combinations(FACTORS, 2):
         for a, b in itertools.product(FACTORS[one], FACTORS[other]):
             assert ((one, a), (other, b)) in met

@@ -434,6 +434,36 @@ def test_hot_swapped_adapter_is_the_one_that_runs(compiled, tmp_path):
     assert off(got, other(batch())) <= 2e-5
 
 
+def test_a_swapped_adapter_of_another_scale_compiles_nothing_again(tmp_path):
+    """In mmopt.compile floats are constants; after PEFT's preparation scales are tensors."""
+    config = LlamaConfig(vocab_size=64, hidden_size=WIDTH, intermediate_size=96,
+                         num_hidden_layers=1, num_attention_heads=2)  # fmt: skip
+
+    def llama(alpha):
+        torch.manual_seed(0)
+        lora = LoraConfig(r=4, lora_alpha=alpha, target_modules=["q_proj", "down_proj"])
+        model = get_peft_model(LlamaForCausalLM(config), lora).eval()
+        for name, parameter in model.named_parameters():
+            if ".lora_B." in name:
+                nn.init.normal_(parameter)
+        return model
+
+    model, other = llama(8), llama(32)
+    other.save_pretrained(tmp_path)
+    prepare_model_for_compiled_hotswap(model, target_rank=8)
+    mmopt.optimize(model)
+    ids = torch.randint(5, 60, (2, 12))
+    with torch.no_grad():
+        compiled = mmopt.compile(model, {"input_ids": ids})
+        before = compiled(input_ids=ids).logits
+        recompiles = len(compiled.recompiles)
+        hotswap_adapter(model, tmp_path, adapter_name="default", torch_device="cpu")
+        after, want = compiled(input_ids=ids).logits, other(input_ids=ids).logits
+    assert len(compiled.recompiles) == recompiles
+    assert off(after, want) <= 2e-5
+    assert off(before, want) > 1e-2
+
+
 def test_layers_added_later_are_peft_s_until_attached_again():
     """A new adapter on a new module makes a new layer."""
     model = build({"target_modules": ["up"]})

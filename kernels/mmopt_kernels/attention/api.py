@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mmopt_kernels._autocast import autocast_dtype
+from mmopt_kernels._seed import check_dropout, seed_on
 from mmopt_kernels.attention.intervals import Intervals
 from mmopt_kernels.attention.ops import DTYPES, IMPLS  # registers the op too
 from mmopt_kernels.errors import KernelInputError
@@ -131,7 +132,7 @@ def attention(
         None if intervals is None else intervals.lo,
         None if intervals is None else intervals.hi,
         sinks,
-        _seed(seed, q.device) if dropout_p > 0 else None,
+        seed_on(q.device, seed) if dropout_p > 0 else None,
         causal,
         q.shape[-1] ** -0.5 if scale is None else float(scale),
         None if softcap is None else float(softcap),
@@ -140,16 +141,6 @@ def attention(
         impl,
     )
     return (out, lse) if return_lse else out
-
-
-def _seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
-    if seed is None:
-        # On the device, where checkpointing and torch.compile save and replay the generator.
-        return torch.randint(2**63 - 1, (1,), device=device)
-    if isinstance(seed, Tensor):
-        return seed
-    # Unlike torch.tensor, this waits for no copy to a GPU.
-    return torch.full((1,), seed, dtype=torch.int64, device=device)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, intervals: Intervals | None, impl: str) -> None:
@@ -230,28 +221,9 @@ def _check_options(
                 f"attention: sinks are {sinks.dtype} on {sinks.device}, expected torch.float32 or "
                 f"{q.dtype} on {q.device} like q. Cast or move them before the call."
             )
-    # Written so that NaN is refused.
-    if not 0.0 <= dropout_p < 1.0:
+    check_dropout("attention", dropout_p, seed, "q", q)
+    if deterministic and dropout_p > 0 and seed is None:
         raise KernelInputError(
-            f"attention: dropout_p is {dropout_p}, expected a probability in [0, 1). "
-            "For no dropout, as in evaluation, pass 0."
-        )
-    if dropout_p == 0:
-        return
-    if seed is None:
-        if deterministic:
-            raise KernelInputError(
-                f"attention: seed is None, expected an int or a tensor because deterministic is "
-                f"True and dropout_p is {dropout_p}. Pass a seed of your own for each step."
-            )
-    elif isinstance(seed, Tensor):
-        if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != q.device:
-            raise KernelInputError(
-                f"attention: seed is {seed.dtype} {tuple(seed.shape)} on {seed.device}, expected "
-                f"torch.int64 of one element on {q.device} like q. Pass an int, or such a tensor."
-            )
-    elif not -(2**63) <= seed < 2**63:
-        raise KernelInputError(
-            f"attention: seed is {seed}, expected 64 bits: -2**63 or more and below 2**63. "
-            "Take it modulo 2**63."
+            f"attention: seed is None, expected an int or a tensor because deterministic is "
+            f"True and dropout_p is {dropout_p}. Pass a seed of your own for each step."
         )

@@ -27,7 +27,7 @@ def reference(
     # Both values of each byte, high half first: one look-up for two.
     byte = torch.arange(256, device=packed.device)
     pairs = torch.stack([code[byte >> 4], code[byte & 15]], dim=1)  # [256, 2]
-    # As numbers of 64 bits, which are looked up three times as fast as rows of two.
+    # As numbers of 64 bits: PyTorch looks those up faster than rows of two.
     words = pairs.view(torch.int64).view(256)
     out = packed.new_empty(N * K, dtype=dtype)
     for start in range(0, N * K, SLICE):

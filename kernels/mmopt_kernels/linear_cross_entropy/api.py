@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, NamedTuple
 
 import torch
@@ -236,17 +237,17 @@ def _check_options(
             " Leave it out for the mean."
         )
     # Written so that NaN is refused.
-    if softcap is not None and not softcap > 0:
+    if softcap is not None and not 0 < softcap < math.inf:
         raise KernelInputError(
-            f"{op}: softcap is {softcap}, expected a positive number or None. "
-            "Pass None for logits as they are."
+            f"{op}: softcap is {softcap}, expected a finite number above 0. For no cap, pass None."
         )
     if not 0.0 <= label_smoothing <= 1.0:
         raise KernelInputError(
             f"{op}: label_smoothing is {label_smoothing}, expected at least 0 and at most 1. "
             "Leave it out for none."
         )
-    if not z_loss >= 0.0:
+    if not 0.0 <= z_loss < math.inf:
         raise KernelInputError(
-            f"{op}: z_loss is {z_loss}, expected at least 0. Leave it out for none."
+            f"{op}: z_loss is {z_loss}, expected a finite number of at least 0. "
+            "Leave it out for none."
         )

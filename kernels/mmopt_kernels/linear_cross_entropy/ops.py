@@ -110,12 +110,12 @@ def _kept_dtypes(tensors: Sequence[Tensor | None], needs: Sequence[bool]) -> lis
 
     That of its tensor; but float16 cannot hold sums over all tokens before they are divided.
     """
-    hidden, *others = tensors
-    kept = [x.dtype for x, need in zip((hidden,), needs, strict=False) if need and x is not None]
-    for x, need in zip(others, needs[1:], strict=True):
-        if need and x is not None:
-            kept.append(torch.float32 if x.dtype == torch.float16 else x.dtype)
-    return kept
+    return [
+        # The first is hidden, whose gradient is no sum.
+        torch.float32 if i > 0 and x.dtype == torch.float16 else x.dtype
+        for i, (x, need) in enumerate(zip(tensors, needs, strict=True))
+        if need and x is not None
+    ]
 
 
 def _wide(hidden: Tensor) -> torch.dtype:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mmopt_kernels import quantized
 from mmopt_kernels._autocast import autocast_dtype
+from mmopt_kernels._seed import check_dropout, seed_on
 from mmopt_kernels.errors import KernelInputError
 from mmopt_kernels.lora_linear.ops import DTYPES, IMPLS  # registers the ops too
 from mmopt_kernels.quantized import Int8Weight, NF4Weight, Weight
@@ -107,7 +108,7 @@ def lora_linear(
     _check(op, "", x, weight, a, b, bias, scale, stacked, dtype)
     adapters = a.shape[0] if stacked else 1
     index = None if adapter_index is None else _index(op, adapter_index, x, adapters)
-    drawn = _seed(seed, x.device) if dropout_p > 0 else None
+    drawn = seed_on(x.device, seed) if dropout_p > 0 else None
     if isinstance(scale, Tensor) or torch.compiler.is_compiling():
         b, scale = _folded(b, scale), 1.0
     scale = float(scale)
@@ -167,7 +168,7 @@ def lora_linear_group(
                 f"{adapters} like projections[0].a. Give an adapter that lacks the layer zeros."
             )
     index = None if adapter_index is None else _index(op, adapter_index, x, adapters)
-    drawn = _seed(seed, x.device) if dropout_p > 0 else None
+    drawn = seed_on(x.device, seed) if dropout_p > 0 else None
     # The op has one scale: a list of floats would have torch.compile specialize on each.
     shared = each[0].scale
     if (
@@ -324,16 +325,6 @@ def _side_by_side(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return a.reshape(E * R, K), b.transpose(0, 1).reshape(b.shape[1], E * R)
 
 
-def _seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
-    if seed is None:
-        # On the device, where checkpointing and torch.compile save and replay the generator.
-        return torch.randint(2**63 - 1, (1,), device=device)
-    if isinstance(seed, Tensor):
-        return seed
-    # Unlike torch.tensor, this waits for no copy to a GPU.
-    return torch.full((1,), seed, dtype=torch.int64, device=device)
-
-
 def _index(op: str, index: Tensor, x: Tensor, adapters: int) -> Tensor:
     """The adapter of each row of x seen as ``[M, K]``, int32 ``[M]``; the op checks its values."""
     lead = x.shape[:-1]
@@ -372,25 +363,7 @@ def _check_call(op: str, x: Tensor, dropout_p: float, seed: int | Tensor | None,
             f"{op}: x is {x.dtype} {tuple(x.shape)}, expected [..., K] in float16, "
             "bfloat16, float32 or float64. Cast x to the dtype of the base layer."
         )
-    # Written so that NaN is refused.
-    if not 0.0 <= dropout_p < 1.0:
-        raise KernelInputError(
-            f"{op}: dropout_p is {dropout_p}, expected a probability in [0, 1). "
-            "For no dropout, as in evaluation, pass 0."
-        )
-    if dropout_p == 0 or seed is None:
-        return
-    if isinstance(seed, Tensor):
-        if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != x.device:
-            raise KernelInputError(
-                f"{op}: seed is {seed.dtype} {tuple(seed.shape)} on {seed.device}, expected "
-                f"torch.int64 of one element on {x.device} like x. Pass an int, or such a tensor."
-            )
-    elif not -(2**63) <= seed < 2**63:
-        raise KernelInputError(
-            f"{op}: seed is {seed}, expected 64 bits: -2**63 or more and below 2**63. "
-            "Take it modulo 2**63."
-        )
+    check_dropout(op, dropout_p, seed, "x", x)
 
 
 def _check(

@@ -316,6 +316,14 @@ def factor(a: Tensor, dtype: torch.dtype) -> Tensor:
     return unit_rows(a.to(dtype))
 
 
+def shipped_tile(
+    kernel: str, x: Tensor, width: int, M: int, dropout: bool = False
+) -> tuning.Config | None:
+    """What the tables have for a launch on x; None leaves it to the heuristic beside the kernel."""
+    features = ("dropout",) if dropout else ()
+    return tuning.lookup(kernel, _triton.target(x.device), x.dtype, width, M, features)
+
+
 def operands(dtype: torch.dtype) -> dict[str, object]:
     """How every kernel here multiplies."""
     return {"WIDEN": _triton.must_widen(dtype), "PRECISION": _triton.dot_precision()}
@@ -374,14 +382,7 @@ def down(
     if s.numel() == 0:
         return s
     width, dropout = block_r_down(R, x.dtype), dropout_p > 0
-    tile = tuning.lookup(
-        "lora_linear_down",
-        _triton.target(x.device),
-        x.dtype,
-        width,
-        M,
-        ("dropout",) if dropout else (),
-    ) or config_down(x.dtype, M, width)
+    tile = shipped_tile("lora_linear_down", x, width, M, dropout) or config_down(x.dtype, M, width)
     threshold, scale_kept = dropout_scales(dropout_p)
     programs = triton.cdiv(M, tile["BLOCK_M"]) * triton.cdiv(R, width)
     number = splits(programs, triton.cdiv(K, tile["BLOCK_K"]))
@@ -425,8 +426,8 @@ def up(
     y = x.new_empty(M, N)
     if y.numel() == 0:
         return y
-    target, width = _triton.target(x.device), block_r(R)
-    tile = tuning.lookup("lora_linear_forward", target, x.dtype, width, M) or config(x.dtype, M)
+    width = block_r(R)
+    tile = shipped_tile("lora_linear_forward", x, width, M) or config(x.dtype, M)
     grid = (triton.cdiv(M, tile["BLOCK_M"]) * triton.cdiv(N, tile["BLOCK_N"]),)
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         lora_linear_forward[grid](

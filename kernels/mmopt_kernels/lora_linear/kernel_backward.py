@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmopt_kernels import _triton, tuning
+from mmopt_kernels import tuning
 from mmopt_kernels._philox import dropout_scales
 from mmopt_kernels.dropout.kernel import kept
 from mmopt_kernels.lora_linear.kernel import (
@@ -30,6 +30,7 @@ from mmopt_kernels.lora_linear.kernel import (
     grouped_tile,
     operands,
     reduce,
+    shipped_tile,
     splits,
     store_or_part,
     unit_rows,
@@ -382,10 +383,10 @@ def up_backward(
         ds.zero_()
         return ds, dy.new_zeros(N, R, dtype=torch.float32) if need_b else None
     db = dy.new_empty(N, R, dtype=torch.float32) if need_b else None
-    target, width = _triton.target(dy.device), block_r(R)
-    tile = tuning.lookup(
-        "lora_linear_up_backward", target, dy.dtype, width, M
-    ) or config_up_backward(dy.dtype, M, width)
+    width = block_r(R)
+    tile = shipped_tile("lora_linear_up_backward", dy, width, M) or config_up_backward(
+        dy.dtype, M, width
+    )
     block_m = tile["BLOCK_M"]
     most = max(1, MOST_PARTS // (4 * N * R)) * block_m if need_b else M
     for m in range(0, M, most):
@@ -461,14 +462,9 @@ def down_backward(ds: Tensor, x: Tensor, seed: Tensor | None, dropout_p: float) 
         return x.new_zeros(R, K, dtype=torch.float32)
     da = x.new_empty(R, K, dtype=torch.float32)
     width, dropout = block_r_down(R, x.dtype), dropout_p > 0
-    tile = tuning.lookup(
-        "lora_linear_down_backward",
-        _triton.target(x.device),
-        x.dtype,
-        width,
-        M,
-        ("dropout",) if dropout else (),
-    ) or config_down_backward(x.dtype, width)
+    tile = shipped_tile("lora_linear_down_backward", x, width, M, dropout) or config_down_backward(
+        x.dtype, width
+    )
     threshold, scale_kept = dropout_scales(dropout_p)
     programs = triton.cdiv(K, tile["BLOCK_K"]) * triton.cdiv(R, width)
     number = splits(programs, triton.cdiv(M, tile["BLOCK_M"]))
@@ -508,14 +504,9 @@ def input_backward(
     if dx.numel() == 0:
         return dx
     width, dropout = block_r(R), dropout_p > 0
-    tile = tuning.lookup(
-        "lora_linear_input_backward",
-        _triton.target(dy.device),
-        dy.dtype,
-        width,
-        M,
-        ("dropout",) if dropout else (),
-    ) or config(dy.dtype, M, backward=True)
+    tile = shipped_tile("lora_linear_input_backward", dy, width, M, dropout) or config(
+        dy.dtype, M, backward=True
+    )
     threshold, scale_kept = dropout_scales(dropout_p)
     grid = (triton.cdiv(M, tile["BLOCK_M"]) * triton.cdiv(K, tile["BLOCK_K"]),)
     with torch.cuda.device_of(dy):  # type: ignore[no-untyped-call]
@@ -552,14 +543,7 @@ def add_masked_(dx: Tensor, ds: Tensor, a: Tensor, seed: Tensor | None, dropout_
         return
     assert K == 1 or dx.stride(1) == 1
     width, dropout = block_r(R), dropout_p > 0
-    tile = tuning.lookup(
-        "lora_linear_add",
-        _triton.target(dx.device),
-        dx.dtype,
-        width,
-        M,
-        ("dropout",) if dropout else (),
-    ) or config_add(dx.dtype)
+    tile = shipped_tile("lora_linear_add", dx, width, M, dropout) or config_add(dx.dtype)
     threshold, scale_kept = dropout_scales(dropout_p)
     grid = (triton.cdiv(M, tile["BLOCK_M"]) * triton.cdiv(K, tile["BLOCK_K"]),)
     with torch.cuda.device_of(dx):  # type: ignore[no-untyped-call]

@@ -454,7 +454,7 @@ def test_a_swapped_adapter_of_another_scale_compiles_nothing_again(tmp_path):
     mmopt.optimize(model)
     ids = torch.randint(5, 60, (2, 12))
     with torch.no_grad():
-        compiled = mmopt.compile(model, {"input_ids": ids})
+        compiled = mmopt.compile(model, {"input_ids": ids}, mode="infer")
         before = compiled(input_ids=ids).logits
         recompiles = len(compiled.recompiles)
         hotswap_adapter(model, tmp_path, adapter_name="default", torch_device="cpu")

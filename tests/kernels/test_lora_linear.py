@@ -490,3 +490,18 @@ def test_explicit_triton_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> No
     x, weight, a, b, bias = (t.detach().cpu() for t in tensors(Case()))
     with pytest.raises(KernelInputError, match="tensors are on cpu, expected a GPU"):
         lora_linear(x, weight, a, b, bias=bias, scale=0.5, impl="triton")
+
+
+def test_one_may_write_into_the_result_as_into_that_of_a_linear_layer():
+    """Wav2Vec2 zeroes padded frames in place; a view among several outputs would refuse it."""
+    torch.manual_seed(0)
+    x, w, b = torch.randn(2, 5, 8), torch.randn(6, 8), torch.randn(6, 4)
+    a = torch.randn(4, 8, requires_grad=True)
+    hidden = torch.zeros(2, 5, dtype=torch.bool)
+    hidden[0, 3:] = True
+    y = lora_linear(x, w, a, b, scale=0.5)
+    y[hidden] = 0
+    expected = (x @ w.T + 0.5 * (x @ a.T) @ b.T).masked_fill(hidden[..., None], 0)
+    torch.testing.assert_close(y, expected)
+    got, wanted = (torch.autograd.grad(z.square().sum(), a)[0] for z in (y, expected))
+    torch.testing.assert_close(got, wanted)

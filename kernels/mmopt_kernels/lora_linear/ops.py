@@ -183,6 +183,12 @@ def rows(x: Tensor) -> Tensor:
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
+def _shaped(x: Tensor, lead: torch.Size) -> Tensor:
+    """`[M, N]` as `[*lead, N]`, and no view, as of `nn.Linear`: one may write into the result."""
+    shaped: Tensor = torch.ops.aten._unsafe_view(x, [*lead, x.shape[1]])
+    return shaped
+
+
 def _unit_last_stride(x: Tensor) -> Tensor:
     # GEMMs and kernels would each copy a gradient that is expanded, as that of a sum is.
     return x if x.stride(-1) == 1 else x.contiguous()
@@ -266,7 +272,7 @@ def _forward(
             for base, s_i, b_i, bias in zip(bases, parts, b, biases, strict=True):
                 plan = joint if len(a) == 1 else _plan(x2, base.outputs, s_i.shape[1], options)
                 y.append(_up(plan, x2, base, s_i, b_i, bias, options))
-    return [y_i.view(*lead, y_i.shape[1]) for y_i in y], s.view(*lead, s.shape[1])
+    return [_shaped(y_i, lead) for y_i in y], _shaped(s, lead)
 
 
 def _gradients(

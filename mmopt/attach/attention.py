@@ -38,6 +38,7 @@ _SDPA = (
     "For this model use impl='sdpa': model.set_attn_implementation('sdpa'), or undo() the report "
     "of mmopt.optimize."
 )
+_TORCH = "it is torch's nn.MultiheadAttention, which does not dispatch through AttentionInterface"
 NOT_INTERVALS = (
     "mmopt attention: the mask lets a query see keys with a gap between them, expected one "
     "contiguous range of keys for each query (causal, sliding window, padding at an end, packing, "
@@ -53,7 +54,7 @@ def attach_attention(model: nn.Module, base: Any) -> tuple[list[Row], Callable[[
         base: the `PreTrainedModel` within.
 
     Returns:
-        A row per tower that has attention, and what undoes all of them.
+        A row per tower that has attention and per module of torch's own, and what undoes all.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -78,6 +79,11 @@ def attach_attention(model: nn.Module, base: Any) -> tuple[list[Row], Callable[[
     rows = [
         Row(names[tower], "attention", None if reason else OP, reason)
         for tower, reason in reasons.items()
+    ]
+    rows += [
+        Row(names[module], "attention", None, _TORCH)
+        for module in base.modules()
+        if type(module) is nn.MultiheadAttention
     ]
     return rows, lambda: _restore(towers)
 
@@ -118,17 +124,21 @@ def _layers(tower: Any) -> list[nn.Module]:
 
     By class name, as transformers' own `_can_set_attn_implementation` finds them.
     """
-    layers, pending = [], list(tower.children())
+    return [module for module in _modules(tower) if "Attention" in type(module).__name__]
+
+
+def _modules(tower: Any) -> list[nn.Module]:
+    """The modules of a tower, without those of towers inside it."""
+    modules, pending = [], list(tower.children())
     while pending:
         module = pending.pop()
         if getattr(module, "config", tower.config) is not tower.config and hasattr(
             module, "set_attn_implementation"
         ):
             continue
-        if "Attention" in type(module).__name__:
-            layers.append(module)
+        modules.append(module)
         pending.extend(module.children())
-    return layers
+    return modules
 
 
 def _why_not(tower: Any) -> str | None:
@@ -137,8 +147,10 @@ def _why_not(tower: Any) -> str | None:
     if not tower._can_set_attn_implementation():
         return f"{name} does not dispatch through transformers' AttentionInterface"
     # The declaration also promises what serving engines need (slices of logits, a parallel plan).
-    # Whisper and BART do not make it, but hand sdpa the masks of transformers' own functions.
-    as_made = tower._supports_sdpa and _takes_masks_from_transformers(tower)
+    # Whisper and BART do not make it, but hand sdpa the masks of transformers' own functions, and
+    # Janus's vision tower hands it none.
+    plain = _takes_masks_from_transformers(tower) or _has_no_mask(tower)
+    as_made = tower._supports_sdpa and plain
     if not (tower._supports_attention_backend or as_made):
         return f"{name} declares that it does not support other attention backends"
     # Whoever takes sdpa needs plain attention with the mask it made. Models with softcap or sinks
@@ -164,19 +176,58 @@ def _takes_masks_from_transformers(tower: Any) -> bool:
     )
 
 
+def _has_no_mask(tower: Any) -> bool:
+    """Whether no mask can reach the attention of this tower, as the source of its modules reads.
+
+    Its own forward takes none, what is inside hands on the one that it is not given, and attention
+    is computed by transformers' interface alone.
+    """
+    dispatches = False
+    for kind in {type(tower), *map(type, _modules(tower))}:
+        if kind.__module__.startswith("torch."):
+            continue
+        tree = _source(kind)
+        if tree is None or (kind is type(tower) and "mask" in ast.unparse(tree)):
+            return False
+        if "Attention" in kind.__name__ and "softmax(" in ast.unparse(tree):
+            return False
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Name) and "mask" in node.id:
+                if node.id != "attention_mask" or not isinstance(node.ctx, ast.Load):
+                    return False
+            elif isinstance(node, ast.Call):
+                given = [word.value for word in node.keywords if word.arg == "attention_mask"]
+                called = ast.unparse(node.func)
+                if called.endswith("scaled_dot_product_attention"):
+                    return False
+                if called == "attention_interface":
+                    dispatches = True
+                    given += node.args[4:5]
+                if any(ast.unparse(mask) not in ("attention_mask", "None") for mask in given):
+                    return False
+    return dispatches
+
+
+def _source(kind: type) -> ast.Module | None:
+    """The forward of a class, None where its source is not at hand."""
+    try:
+        return ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(kind.forward))))  # type: ignore[attr-defined]
+    except (OSError, TypeError, SyntaxError):
+        return None
+
+
 def _passed(layer: nn.Module) -> set[str]:
     """The keywords that the layer's forward names in any call.
 
     From its source, as transformers itself tells whether a model dispatches. Where there is no
     source, nothing is known here and `interval_attention` refuses at the first forward.
     """
-    try:
-        source = textwrap.dedent(inspect.getsource(type(layer).forward))
-    except (OSError, TypeError):
+    tree = _source(type(layer))
+    if tree is None:
         return set()
     return {
         keyword.arg
-        for node in ast.walk(ast.parse(source))
+        for node in ast.walk(tree)
         if isinstance(node, ast.Call)
         for keyword in node.keywords
         if keyword.arg is not None
@@ -285,6 +336,7 @@ def interval_attention(
     is_causal: bool | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention as transformers calls it, computed by `mmopt::attention`.
@@ -299,6 +351,8 @@ def interval_attention(
             `torch.manual_seed` governs it and checkpointing replays it.
         is_causal: overrides the module's own flag when there is no mask.
         s_aux: `[Hq]`, learned sinks.
+        cu_seq_lens_q: `[pieces + 1]`, where the pieces of one long sequence end, the windows and
+            images of a vision tower. Looked at when there is no mask and `is_causal` is False.
 
     Returns:
         `[B, S, Hq, Dv]`, and None for the attention weights, which are never formed.
@@ -316,6 +370,8 @@ def interval_attention(
     intervals, causal = None, False
     if attention_mask is not None:
         intervals = _intervals(attention_mask)
+    elif cu_seq_lens_q is not None and is_causal is False:
+        intervals = _within_pieces(cu_seq_lens_q, query)
     else:
         causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
         # Only the prefill of an empty static cache has more keys than causal queries; the extra
@@ -339,6 +395,14 @@ def interval_attention(
         dropout_p=dropout,
     )
     return out[..., :value_dim].transpose(1, 2).contiguous(), None
+
+
+def _within_pieces(ends: Tensor, query: Tensor) -> Intervals:
+    """Each query `[1, Hq, S, D]` sees the keys of its own piece; nothing is read on the host."""
+    ends = ends.to(torch.int32)
+    rows = torch.arange(query.shape[2], dtype=torch.int32, device=query.device)
+    piece = torch.searchsorted(ends, rows, right=True)
+    return Intervals(ends[piece - 1][None], ends[piece][None])
 
 
 def _intervals(mask: Tensor) -> Intervals:

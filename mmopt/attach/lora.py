@@ -18,6 +18,7 @@ from mmopt.attach.peft_layers import (
     base_obstacle,
     dropout_of,
     factors,
+    is_sharded,
     kind_of,
     obstacle,
     rounds_twice,
@@ -39,6 +40,11 @@ _LAYERS = {
 _INT8 = (
     "int8 base: only the weight is rounded; on a GPU bitsandbytes rounds the activations to int8 "
     "as well, so results there differ by that error"
+)
+
+_SHARDED = (
+    "its weights are sharded: the op serves calls that find them whole, as fully_shard's hooks "
+    "see to"
 )
 
 
@@ -88,6 +94,8 @@ def _why_never(layer: Any) -> str | None:
         )
     if "forward" in layer.__dict__ and not is_attached(layer):
         return "its forward is already replaced by something else"
+    if is_sharded(getattr(layer.base_layer, "weight", None)):
+        return None  # seen in each call, where fully_shard has gathered it
     if reason := base_obstacle(layer):
         return reason
     reasons = [adapter_obstacle(layer, adapter) for adapter in layer.lora_A]
@@ -101,6 +109,8 @@ def _remark(layer: Any) -> str | None:
 
     Dropout is looked at as in training.
     """
+    if is_sharded(getattr(layer.base_layer, "weight", None)):
+        return _SHARDED
     if reason := obstacle(layer, None, training=True):
         return f"{reason}: PEFT's forward meanwhile"
     return _INT8 if kind_of(layer.base_layer) == "int8" else None

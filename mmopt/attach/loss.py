@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from mmopt.attach.lora import is_attached as is_lora_attached
-from mmopt.attach.loss_source import CannotRewriteError, without_logits
+from mmopt.attach.loss_source import without_logits
 from mmopt.attach.peft_layers import (
     adapter_obstacle,
     adapters_at_work,
@@ -24,11 +24,13 @@ from mmopt.attach.peft_layers import (
     dropout_of,
     factors,
     is_hooked,
+    is_sharded,
     is_watched,
     kind_of,
     whole_bias,
 )
 from mmopt.attach.report import Row
+from mmopt.attach.source import CannotRewriteError
 from mmopt_kernels import LoraFactors, linear_cross_entropy
 from mmopt_kernels.linear_cross_entropy.ops import DTYPES
 
@@ -147,6 +149,9 @@ def _is_covered(model: Any, state: _Attached, kwargs: dict[str, Any]) -> bool:
 
 def _why_never(head: Any, scaled: bool) -> str | None:
     """Why no state of this output layer could use the op, or None."""
+    inside = getattr(head, "original_module", getattr(head, "base_layer", head))
+    if type(inside) is nn.Linear and is_sharded(inside.weight):
+        return None  # seen in each call, where fully_shard has gathered it
     if _is_saved(head):
         return _linear_obstacle(head.original_module, scaled)
     if _is_lora(head):

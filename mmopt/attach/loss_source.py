@@ -7,27 +7,17 @@ switched around a call: what runs is one plain function.
 """
 
 import ast
-import inspect
-import textwrap
 from collections.abc import Callable, Sequence
 from operator import attrgetter
 from typing import Any
 
+from mmopt.attach.source import CannotRewriteError, compiled_again, definition_of, placed
+
 _LOSS = "mmopt_loss"
 
-# Decorators that give their function back, with another docstring.
-_DOCUMENTING = {
-    "add_start_docstrings_to_model_forward",
-    "auto_docstring",
-    "replace_return_docstrings",
-}
 # What the loss, which takes logits in float32, does itself or does not see.
 _HARMLESS = ("", ".float()", ".contiguous()")
 _TANH = ("torch.tanh", "nn.functional.tanh", "F.tanh")
-
-
-class CannotRewriteError(Exception):
-    """Why a forward is not one that this module understands."""
 
 
 def without_logits(
@@ -46,71 +36,9 @@ def without_logits(
     Raises:
         CannotRewriteError: the logits have another use, or the source is not at hand.
     """
-    inner = inspect.unwrap(forward)
-    tree, first = _parse(inner)
-    definition = tree.body[0]
-    assert isinstance(definition, ast.FunctionDef)
+    definition = definition_of(forward, "forward")
     scaled = _replace_end(definition, model, head)
-
-    definition.decorator_list = [
-        decorator
-        for decorator in definition.decorator_list
-        if _last_name(decorator) not in _DOCUMENTING
-    ]
-    definition.returns = None
-    for argument in ast.walk(definition.args):
-        if isinstance(argument, ast.arg):
-            argument.annotation = None
-
-    made = _define(definition, first, inner, loss)
-    if _wrappers(made) != _wrappers(forward):
-        raise CannotRewriteError("its forward is wrapped by more than its decorators")
-    return made, scaled
-
-
-def _parse(inner: Callable[..., Any]) -> tuple[ast.Module, int]:
-    try:
-        lines, first = inspect.getsourcelines(inner)
-        tree = ast.parse(textwrap.dedent("".join(lines)))
-    except (OSError, TypeError, SyntaxError) as error:
-        raise CannotRewriteError("the source of its forward is not at hand") from error
-    if not isinstance(tree.body[0], ast.FunctionDef):
-        raise CannotRewriteError("its forward is not an ordinary method")
-    # A closure, super() included, and private names mean something only where they stand.
-    if inner.__code__.co_freevars or any(
-        isinstance(node, ast.Attribute)
-        and node.attr.startswith("__")
-        and not node.attr.endswith("__")
-        for node in ast.walk(tree)
-    ):
-        raise CannotRewriteError("its forward cannot be compiled outside its class")
-    return tree, first
-
-
-def _define(
-    definition: ast.FunctionDef, first: int, inner: Callable[..., Any], loss: Callable[..., Any]
-) -> Callable[..., Any]:
-    """The changed function, at home in the same module and file, at the same lines."""
-    outer = ast.parse(f"def around({_LOSS}):\n    return {definition.name}")
-    around = outer.body[0]
-    assert isinstance(around, ast.FunctionDef)
-    ast.increment_lineno(definition, first - 1)
-    around.body.insert(0, definition)
-    ast.fix_missing_locations(outer)
-    code = compile(outer, inner.__code__.co_filename, "exec", dont_inherit=True)
-    names: dict[str, Any] = {}
-    exec(code, inner.__globals__, names)
-    made: Callable[..., Any] = names["around"](loss)
-    return made
-
-
-def _wrappers(function: Any) -> list[Any]:
-    """The code of each decorator's wrapper around a function."""
-    found = []
-    while hasattr(function, "__wrapped__"):
-        found.append(function.__code__)
-        function = function.__wrapped__
-    return found
+    return compiled_again(definition, forward, "forward", {_LOSS: loss}), scaled
 
 
 # --- the end of a forward -------------------------------------------------------------------------
@@ -142,7 +70,7 @@ def _replace_end(definition: ast.FunctionDef, model: Any, head: str) -> bool:
     kept, cap, scaled = _between(body[at_head + 1 : at_loss], logits, model)
     _replace_loss(body[at_loss], loss, logits, head, cap)
     _check_after(body[at_loss + 1 :], logits)
-    gone = _placed(ast.parse(f"{logits} = None").body[0], body[at_loss])
+    gone = placed(ast.parse(f"{logits} = None").body[0], body[at_loss])
     body[at_head + 1 : at_loss + 1] = [*kept, body[at_loss], gone]
     return scaled
 
@@ -189,8 +117,8 @@ def _softcap(statement: ast.stmt, logits: str) -> tuple[str, list[ast.stmt]] | N
         test = statement.test
         if isinstance(test, ast.Compare) and isinstance(test.left, ast.NamedExpr):
             name = test.left.target
-            named = [_placed(ast.Assign([name], test.left.value), statement)]
-            test.left = _placed(ast.Name(name.id, ast.Load()), statement)
+            named = [placed(ast.Assign([name], test.left.value), statement)]
+            test.left = placed(ast.Name(name.id, ast.Load()), statement)
         condition = ast.unparse(test)
         cap = condition.removesuffix(" is not None")
         lines = [ast.unparse(line) for line in statement.body]
@@ -249,7 +177,7 @@ def _replace_loss(
     taken = given[0]
     if any(_touches(line, logits, but=taken) for line in inside):
         raise CannotRewriteError(f"its forward reads the logits beside the loss: {_shown(loss)}")
-    called = _placed(ast.parse(f"{_LOSS}(self.{head}, {cap})", mode="eval").body, loss)
+    called = placed(ast.parse(f"{_LOSS}(self.{head}, {cap})", mode="eval").body, loss)
     assert isinstance(called, ast.Call)
     loss.func = called.func
     loss.args = [*called.args, *loss.args]
@@ -287,17 +215,6 @@ def _touches(tree: ast.AST, name: str, but: ast.AST | None = None) -> bool:
         and id(node) not in harmless
         for node in ast.walk(tree)
     )
-
-
-def _placed(tree: Any, at: ast.AST) -> Any:
-    for node in ast.walk(tree):
-        ast.copy_location(node, at)
-    return tree
-
-
-def _last_name(decorator: ast.expr) -> str:
-    called = decorator.func if isinstance(decorator, ast.Call) else decorator
-    return ast.unparse(called).rpartition(".")[2]
 
 
 def _shown(node: ast.AST) -> str:

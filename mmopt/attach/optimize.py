@@ -8,11 +8,12 @@ from mmopt.attach.gradients import check_gradients
 from mmopt.attach.lora import attach_lora
 from mmopt.attach.loss import attach_loss
 from mmopt.attach.report import OptimizationReport, Row
+from mmopt.attach.traceable import attach_traceable
 from mmopt_kernels.errors import InputError
 
 
 def optimize(
-    model: Any, *, attention: bool = True, lora: bool = True, loss: bool = True
+    model: Any, *, attention: bool = True, lora: bool = True, loss: bool = True, graph: bool = True
 ) -> OptimizationReport:
     """Make `model` call mmopt's fused ops, in place, without changing what it computes.
 
@@ -27,9 +28,12 @@ def optimize(
 
     Args:
         model: a transformers `PreTrainedModel` or a PEFT model around one; any device and dtype.
+            One that `DistributedDataParallel` or `torch.compile` wraps, or that `fully_shard`
+            shards, is changed inside.
         attention: attach the attention op.
         lora: attach the LoRA op.
         loss: attach the loss op.
+        graph: replace the methods of transformers that stop a compiler, for compiled calls only.
 
     Returns:
         A row per module: what it became, or why it was left alone. `undo()` reverts it.
@@ -37,6 +41,7 @@ def optimize(
     Raises:
         InputError: `model` is neither.
     """
+    model = within_wrappers(model)
     base = transformers_model(model)
     rows: list[Row] = []
     restorers = []
@@ -52,6 +57,10 @@ def optimize(
         found, restore = attach_loss(model)
         rows += found
         restorers.append(restore)
+    if graph:
+        found, restore = attach_traceable(model, base)
+        rows += found
+        restorers.append(restore)
     return OptimizationReport(
         rows=tuple(rows), _restorers=tuple(restorers), _check=partial(check_gradients, model)
     )
@@ -61,6 +70,7 @@ def transformers_model(model: Any) -> Any:
     """The `PreTrainedModel` that `model` is or that PEFT wraps; InputError when there is none."""
     from transformers import PreTrainedModel
 
+    model = within_wrappers(model)
     unwrapped = model.get_base_model() if hasattr(model, "get_base_model") else model
     if isinstance(unwrapped, PreTrainedModel):
         return unwrapped
@@ -69,3 +79,17 @@ def transformers_model(model: Any) -> Any:
         "transformers PreTrainedModel or a PEFT model around one. Load it with a transformers "
         "Auto class; attach mmopt_kernels' ops to other modules by calling them."
     )
+
+
+def within_wrappers(model: Any) -> Any:
+    """What DistributedDataParallel or torch.compile wrap; the model itself without them."""
+    from torch._dynamo.eval_frame import OptimizedModule
+    from torch.nn.parallel import DistributedDataParallel
+
+    while True:
+        if isinstance(model, DistributedDataParallel):
+            model = model.module
+        elif isinstance(model, OptimizedModule):
+            model = model._orig_mod
+        else:
+            return model

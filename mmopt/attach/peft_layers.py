@@ -129,6 +129,11 @@ def kind_of(base: Any) -> str | None:
     return _BASES.get((type(base).__module__, type(base).__name__))
 
 
+def is_sharded(tensor: Any) -> bool:
+    """Whether this process holds a part of the tensor only: a DTensor."""
+    return type(tensor).__name__ == "DTensor"
+
+
 def is_hooked(module: Any) -> bool:
     """Whether hooks of the module itself run when it is called."""
     return bool(

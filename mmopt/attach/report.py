@@ -14,8 +14,9 @@ class Row:
     Attributes:
         name: its dotted path in the model; `""` is the model itself.
         kind: `attention` (a tower: every layer that shares one config), `lora` (one adapted
-            layer) or `loss` (the loss of the model).
-        became: the op it now calls, or None when it was left alone.
+            layer), `loss` (the loss of the model) or `graph` (a method that stops a compiler).
+        became: the op that it now calls, the method that it now has, or None when it was left
+            alone.
         reason: why it was left alone, when an attached layer still takes PEFT's own path, or what
             an attached layer computes otherwise.
     """
@@ -31,7 +32,8 @@ class OptimizationReport:
     """A row per module that an op could serve, attached or not.
 
     Attributes:
-        rows: towers first, then LoRA layers, each in the model's own order, then the loss.
+        rows: towers first, then LoRA layers, each in the model's own order, then the loss, then
+            methods.
     """
 
     rows: tuple[Row, ...]

@@ -43,7 +43,8 @@ from transformers import (
 import mmopt
 from mmopt.attach.gradients import check_gradients
 from mmopt.attach.loss import OP, attach_loss
-from mmopt.attach.loss_source import CannotRewriteError, without_logits
+from mmopt.attach.loss_source import without_logits
+from mmopt.attach.source import CannotRewriteError
 
 VOCABULARY, ROWS, LENGTH = 101, 3, 7  # no other tensor has 101 columns
 TEXT = {

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mmopt.attach import OptimizationReport, optimize
-    from mmopt.compilation import CompiledModel, compile
+    from mmopt.compilation import CompiledModel, compile, load_compiled
     from mmopt_kernels._version import __version__
 
 # No submodule of mmopt may carry one of these names: importing it would replace the function.
@@ -17,10 +17,18 @@ _HOME = {
     "OptimizationReport": "mmopt.attach",
     "__version__": "mmopt_kernels._version",
     "compile": "mmopt.compilation",
+    "load_compiled": "mmopt.compilation",
     "optimize": "mmopt.attach",
 }
 
-__all__ = ["CompiledModel", "OptimizationReport", "__version__", "compile", "optimize"]
+__all__ = [
+    "CompiledModel",
+    "OptimizationReport",
+    "__version__",
+    "compile",
+    "load_compiled",
+    "optimize",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -2,8 +2,10 @@
 
 import inspect
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from traceback import FrameSummary
 from typing import Any, Literal
 
 import torch
@@ -13,6 +15,21 @@ from torch._dynamo.utils import graph_break_reasons
 from torch._inductor.compile_fx import compile_fx
 
 from mmopt.attach.optimize import transformers_model
+from mmopt.compilation.eager_hooks import keep_out_of_graphs
+from mmopt.compilation.lowerings import keep_lengths_free
+from mmopt.compilation.parity import compare
+from mmopt.compilation.prepare import prepared
+from mmopt.compilation.regions import (
+    alone,
+    is_bucket_end,
+    refuse_compiled,
+    regions_of,
+    run_regions,
+    try_backward,
+)
+from mmopt.compilation.store import StoredGraph, capture, write_store
+from mmopt.compilation.tracing import tracing
+from mmopt_export.files import require_new_folder
 from mmopt_kernels.errors import CheckFailedError, InputError, MmoptError
 
 Mode = Literal["train", "infer"]
@@ -25,11 +42,15 @@ class GraphBreak:
     Attributes:
         file, line: the statement that could not be traced.
         reason: Dynamo's first line about it.
+        detail: all that Dynamo says about it.
+        stack: the calls that led there, the outermost first.
     """
 
     file: str
     line: int
     reason: str
+    detail: str = field(default="", compare=False, repr=False)
+    stack: tuple[FrameSummary, ...] = field(default=(), compare=False, repr=False)
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}: {self.reason}"
@@ -41,19 +62,23 @@ class Recompile:
 
     Attributes:
         file, line: the function that was compiled again.
-        reason: the guard that failed.
+        reason: the guards that failed, one of each graph that was there.
+        details: all that Dynamo says about each, with the code that needs it where it knows that.
+        limit: nothing was compiled: Dynamo's limit is reached, and calls run eagerly from here.
     """
 
     file: str
     line: int
     reason: str
+    details: tuple[str, ...] = field(default=(), compare=False, repr=False)
+    limit: bool = False
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}: {self.reason}"
 
 
 class CompiledModel:
-    """A model whose calls run compiled; made by `mmopt.compile`.
+    """A model whose calls run compiled; made by `mmopt.compile` or `mmopt.load_compiled`.
 
     Call it as the model is called. In mode `"infer"` calls run without gradients.
 
@@ -61,21 +86,29 @@ class CompiledModel:
         module: the model itself, sharing all parameters.
     """
 
-    def __init__(self, module: nn.Module, *, mode: Mode, dynamic: bool) -> None:
+    def __init__(
+        self, module: nn.Module, *, mode: Mode, dynamic: bool, stored: StoredGraph | None = None
+    ) -> None:
         self.module = module
         self._mode = mode
+        self._dynamic = dynamic
+        self._stored = stored
+        self._unfit: str | None = None
         self._breaks: dict[GraphBreak, None] = {}
         self._recompiles: list[Recompile] = []
         self._failures: list[GuardFail] = []
         self._calling = False
         self._graphs = 0
-        # A model's floats (scales, epsilons) are constants. Left to guess whether they change,
-        # Dynamo under dynamic=True lowers the graph, learns that they cannot be inputs, and traces
-        # and lowers all of it once more.
-        self._floats_are_constants = torch._dynamo.config.patch(specialize_float=True)
-        self._run = torch._dynamo.optimize(
+        compiler = torch._dynamo.optimize(
             self._lower, dynamic=dynamic, guard_fail_fn=self._note_failure
-        )(module)
+        )
+        keep_lengths_free()
+        keep_out_of_graphs(module)
+        self._regions = regions_of(module)
+        if self._regions == [module]:
+            self._run = compiler(module)
+        else:
+            self._run = run_regions(module, self._regions, compiler)
 
     @property
     def graph_breaks(self) -> tuple[GraphBreak, ...]:
@@ -89,31 +122,108 @@ class CompiledModel:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model; the arguments and the result are its own."""
+        arguments = prepared(self.module, self._by_name(args, kwargs))
+        if self._stored is not None:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self._mode == "train"):
+                self._unfit = self._stored.mismatch(self.module, arguments)
+                if self._unfit is None:
+                    return self._stored(self.module, arguments)
         known = len(graph_break_reasons)
         self._failures.clear()
         self._calling = True
         try:
-            with (
-                self._floats_are_constants,
-                torch.no_grad() if self._mode == "infer" else nullcontext(),
-            ):
-                output = self._run(*args, **kwargs)
+            with tracing(infer=self._mode == "infer"):
+                output = self._run(**arguments)
         finally:
             self._calling = False
             # Guards failed and nothing was compiled: Dynamo's limit is reached, eager from here.
-            self._note_recompile()
+            self._note_recompile(limit=True)
             for reason in graph_break_reasons[known:]:
                 at = reason.user_stack[-1]
+                if is_bucket_end(at):
+                    continue
                 line = reason.reason.strip().splitlines()[0]
-                self._breaks[GraphBreak(at.filename, at.lineno or 0, line)] = None
-        if not self._graphs and not self._breaks:
-            code = inspect.unwrap(type(self.module).forward).__code__
-            self._breaks[
-                GraphBreak(
-                    code.co_filename, code.co_firstlineno, "nothing was compiled: Dynamo is off"
+                place = GraphBreak(
+                    at.filename, at.lineno or 0, line, reason.reason, tuple(reason.user_stack)
                 )
-            ] = None
+                self._breaks[place] = None
+        if not self._graphs and not self._breaks:
+            code = inspect.unwrap(type(self._regions[0]).forward).__code__
+            why = "nothing was compiled: Dynamo is off"
+            if not torch._dynamo.config.disable:
+                why = (
+                    "nothing was compiled: earlier models of this process used up Dynamo's limit "
+                    f"of {torch._dynamo.config.recompile_limit} graphs for this code; call "
+                    "torch._dynamo.reset() once they are done with, or raise recompile_limit"
+                )
+            self._breaks[GraphBreak(code.co_filename, code.co_firstlineno, why)] = None
         return output
+
+    def save(
+        self,
+        folder: str | Path,
+        example_batch: Mapping[str, Any],
+        *,
+        source: Mapping[str, Any] | None = None,
+    ) -> str:
+        """Store the graph in `folder`, for `mmopt.load_compiled` in another process.
+
+        Traces the model once more, in the state that it is in (train or eval mode, adapters,
+        autocast), and lets a fresh process build the kernels. A store is code: whoever loads it
+        runs it. It is signed with a key of this user (`~/.config/mmopt/store.key`), who may load it
+        as it is; others need the returned SHA-256.
+
+        Args:
+            folder: new or empty; appears whole or not at all.
+            example_batch: keyword arguments of the model's forward, as for `mmopt.compile`.
+            source: how the model was made, where `mmopt compile` writes the store.
+
+        Returns:
+            The SHA-256 of the store's record, which covers all its files.
+
+        Raises:
+            InputError: `folder` is not empty, or the graph cannot be stored.
+            CheckFailedError: the traced graph gives other outputs than this one; nothing is stored.
+            MmoptError: the disk refuses, or a fresh process cannot load the graph.
+        """
+        if self._regions != [self.module]:
+            raise InputError(
+                f"{type(self.module).__name__} is compiled in {len(self._regions)} pieces around "
+                "data parallelism, expected one graph. Store the model before it is wrapped."
+            )
+        require_new_folder(Path(folder))
+        arguments = prepared(self.module, example_batch)
+        graph = capture(self.module, arguments, infer=self._mode == "infer", dynamic=self._dynamic)
+        self._require_equal(graph, arguments)
+        return write_store(
+            graph,
+            Path(folder),
+            model=self.module,
+            options={"mode": self._mode, "dynamic": self._dynamic},
+            source=source,
+        )
+
+    def _require_equal(self, graph: StoredGraph, arguments: Mapping[str, Any]) -> None:
+        outputs = []
+        for run in (partial(self, **arguments), partial(graph, self.module, arguments)):
+            with (
+                torch.random.fork_rng(),
+                torch.set_grad_enabled(torch.is_grad_enabled() and self._mode == "train"),
+            ):
+                torch.manual_seed(0)
+                outputs.append(tensors_of(run()))
+        found = compare("outputs", *outputs)
+        if not found.holds:
+            raise CheckFailedError(
+                f"the graph to store gives other outputs than the compiled model: {found.worst} is "
+                f"off by {found.error}, expected at most {found.tolerance}. Nothing was stored."
+            )
+
+    def _by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        if not args:
+            return kwargs
+        named = inspect.signature(self.module.forward).bind_partial(*args).arguments
+        return {**named, **kwargs}
 
     def _lower(self, graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
         self._note_recompile()
@@ -125,12 +235,19 @@ class CompiledModel:
         if self._calling:
             self._failures.append(failure)
 
-    def _note_recompile(self) -> None:
+    def _note_recompile(self, *, limit: bool = False) -> None:
+        if self._unfit is not None and not limit:
+            code = inspect.unwrap(type(self.module).forward).__code__
+            self._recompiles.append(
+                Recompile(code.co_filename, code.co_firstlineno, f"stored graph: {self._unfit}")
+            )
+            self._failures.clear()
         if self._failures:
             code = self._failures[0].orig_code
-            reasons = (failure.reason.splitlines()[0].strip() for failure in self._failures)
+            details = tuple(failure.reason for failure in self._failures)
+            reasons = (reason.splitlines()[0].strip() for reason in details)
             self._recompiles.append(
-                Recompile(code.co_filename, code.co_firstlineno, "; ".join(reasons))
+                Recompile(code.co_filename, code.co_firstlineno, "; ".join(reasons), details, limit)
             )
             self._failures.clear()
 
@@ -151,7 +268,10 @@ def compile(
     `prepare_model_for_compiled_hotswap` before to have scales, and adapters, that change freely.
 
     Args:
-        model: a transformers `PreTrainedModel` or a PEFT model around one.
+        model: a transformers `PreTrainedModel` or a PEFT model around one. Around either may be
+            `DistributedDataParallel`, in either `fully_shard`: wrap and shard first, then compile,
+            in every process at once. Of a model with sharded blocks each block is a graph, and
+            what is around them stays eager.
         example_batch: keyword arguments of the model's forward. Sizes of at least 2 stay free to
             change; a dimension of size 1 is compiled as 1.
         mode: `"train"` or `"infer"` (calls run without gradients).
@@ -166,6 +286,7 @@ def compile(
             to train.
         CheckFailedError: the graph breaks; lists every place.
     """
+    refuse_compiled(model)
     transformers_model(model)
     if mode not in ("train", "infer"):
         raise InputError(f"mode is {mode!r}, expected 'train' or 'infer'.")
@@ -178,9 +299,13 @@ def compile(
     _try_batch(model, example_batch)
 
     compiled = CompiledModel(model, mode=mode, dynamic=dynamic)
-    output = compiled(**example_batch)
-    if mode == "train":
-        torch.autograd.grad(loss_of(output), trainable, allow_unused=True)
+    with alone(model):
+        output = compiled(**example_batch)
+        if mode == "train":
+            try_backward(model, loss_of(output), trainable)
+    if len(compiled._regions) > 1:
+        # Of several pieces, the first call compiles each kind.
+        compiled._recompiles.clear()
     if compiled.graph_breaks and not allow_breaks:
         places = "\n".join(f"  {place}" for place in compiled.graph_breaks)
         raise CheckFailedError(
@@ -216,7 +341,7 @@ def _try_batch(model: nn.Module, batch: Mapping[str, Any]) -> None:
     try:
         with torch.no_grad():
             model(**batch)
-    except MmoptError:
+    except (MmoptError, torch.OutOfMemoryError):
         raise
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         shown = ", ".join(

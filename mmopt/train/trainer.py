@@ -1,5 +1,6 @@
 """transformers' Trainer with the training step compiled and its adapters watched."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +9,7 @@ import transformers
 
 import mmopt
 from mmopt.attach.gradients import check_gradients
+from mmopt.attach.optimize import transformers_model
 from mmopt_kernels.errors import CheckFailedError
 
 
@@ -25,9 +27,11 @@ class CompiledTrainer(transformers.Trainer):
         super().__init__(**arguments)
         self._compile_step = compile_step
         self._compiled: Any = None
-        # Trainer would pass the number of labels to models that take it, an argument that the
-        # compiled step has not seen: a second graph, for a mean that is the same without it.
-        self.model_accepts_loss_kwargs = False
+        # Trainer passes the number of labels of all micro-batches to every model that takes any
+        # keyword, and then leaves the loss as it is. A loss that does not read the number (of a
+        # classifier) would come out as the sum of the micro-batches' means.
+        loss_function = getattr(transformers_model(self.model), "loss_function", None)
+        self.model_accepts_loss_kwargs &= _reads_number_of_items(loss_function)
         # Both of Trainer's own print on stdout, which belongs to the report.
         self.remove_callback(transformers.trainer_callback.PrinterCallback)
         self.remove_callback(transformers.trainer_callback.ProgressCallback)
@@ -39,7 +43,13 @@ class CompiledTrainer(transformers.Trainer):
         """Compilations of the step after the first; None when it is not compiled."""
         return None if self._compiled is None else len(self._compiled.recompiles)
 
-    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: Any,
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
         """Take the loss from the compiled step while training, from the model itself in tests.
 
         Trainer's own torch_compile option would compile the evaluation too, a second graph that
@@ -47,9 +57,19 @@ class CompiledTrainer(transformers.Trainer):
         """
         if self._compile_step and model.training:
             if self._compiled is None:
-                self._compiled = mmopt.compile(model, dict(inputs), mode="train")
+                batch = dict(inputs)
+                if self.model_accepts_loss_kwargs and num_items_in_batch is not None:
+                    batch["num_items_in_batch"] = num_items_in_batch
+                self._compiled = mmopt.compile(model, batch, mode="train")
             model = self._compiled
-        return super().compute_loss(model, inputs, *args, **kwargs)
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+
+def _reads_number_of_items(loss_function: Any) -> bool:
+    return (
+        callable(loss_function)
+        and "num_items_in_batch" in inspect.signature(loss_function).parameters
+    )
 
 
 class _Advance(transformers.TrainerCallback):

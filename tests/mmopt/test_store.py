@@ -1,0 +1,367 @@
+"""A stored graph: what a fresh process takes from it, and what it refuses to take."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+
+import mmopt
+from mmopt.compilation import store as stores
+from mmopt.compilation.parity import compare, gradients
+from mmopt.compilation.state import ModelState, describe
+from mmopt.compilation.trust import key_file
+from mmopt_kernels.errors import CheckFailedError, InputError, MmoptError
+
+SIZES = {
+    "vocab_size": 99,
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+}
+
+
+def classifier(*, rank=4, seed=0):
+    torch.manual_seed(seed)
+    base = BertForSequenceClassification(BertConfig(**SIZES, num_labels=3))
+    return adapted(base, rank).eval()
+
+
+def decoder():
+    torch.manual_seed(0)
+    return adapted(LlamaForCausalLM(LlamaConfig(**SIZES, attention_dropout=0.1)), 4).train()
+
+
+def adapted(base, rank):
+    model = get_peft_model(base, LoraConfig(r=rank, target_modules="all-linear"))
+    for name, parameter in model.named_parameters():
+        if ".lora_B." in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    mmopt.optimize(model)
+    return model
+
+
+def tokens(length, *, labels=False):
+    torch.manual_seed(length)
+    ids = torch.randint(5, 99, (3, length))
+    made = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    made["attention_mask"][1, length // 2 :] = 0
+    return {**made, "labels": ids} if labels else made
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A user of their own: the signing key does not land in the developer's home."""
+    folder = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CONFIG_HOME", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def stored(home, tmp_path_factory):
+    """A store of the classifier in inference mode, and its SHA-256."""
+    folder = tmp_path_factory.mktemp("store") / "bert"
+    with pytest.MonkeyPatch.context() as patch:
+        # Only the graph that is stored goes through Inductor.
+        patch.setattr("mmopt.compilation.model.compile_fx", lambda graph, _inputs: graph.forward)
+        compiled = mmopt.compile(classifier(), tokens(12), mode="infer")
+        return folder, compiled.save(folder, tokens(12))
+
+
+@pytest.fixture
+def copy(stored, tmp_path):
+    """A copy to spoil."""
+    return shutil.copytree(stored[0], tmp_path / "copy")
+
+
+def fresh_process(code, *, scratch, home):
+    """Run `code` where nothing is cached and the C++ compiler tells its version and no more."""
+    here = Path(__file__).resolve()
+    compiler = scratch / "bin" / "g++"
+    compiler.parent.mkdir()
+    real = shutil.which("g++")
+    # What it says of itself would name the path by which it was called.
+    told = subprocess.run([real, "-v"], capture_output=True, text=True, check=True).stderr
+    (scratch / "told").write_text(told.replace(f"COLLECT_GCC={real}", "COLLECT_GCC=g++"))
+    compiler.write_text(
+        f'#!/bin/sh\ncase "$*" in\n-v) cat {scratch}/told >&2; exit 0;;\n'
+        f'--version|-dump*version) exec {real} "$@";;\nesac\n'
+        f'echo "$*" >> {scratch}/compiled\nexit 1\n'
+    )
+    compiler.chmod(0o755)
+    environment = {
+        **os.environ,
+        "TORCHINDUCTOR_CACHE_DIR": str(scratch / "cache"),
+        "XDG_CONFIG_HOME": str(home),
+        "PATH": f"{compiler.parent}:{os.environ['PATH']}",
+        "PYTHONPATH": os.pathsep.join([str(here.parent), *filter(None, sys.path)]),
+    }
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert not (scratch / "compiled").exists(), (scratch / "compiled").read_text()
+
+
+def test_a_fresh_process_runs_the_graph_at_every_length_without_compiling(stored, home, tmp_path):
+    code = f"""
+import torch, mmopt
+from test_store import classifier, tokens
+torch.set_num_threads({torch.get_num_threads()})
+compiled = mmopt.load_compiled({str(stored[0])!r}, classifier())
+out = {{length: compiled(**tokens(length)).logits for length in (12, 7, 15)}}
+assert compiled.recompiles == () and compiled.graph_breaks == ()
+assert not torch._dynamo.utils.counters["stats"], torch._dynamo.utils.counters
+torch.save(out, {str(tmp_path / "out.pt")!r})
+"""
+    fresh_process(code, scratch=tmp_path, home=home)
+    model = classifier()
+    with torch.no_grad():
+        for length, logits in torch.load(tmp_path / "out.pt").items():
+            torch.testing.assert_close(logits, model(**tokens(length)).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_other_values_of_the_same_model_are_taken_as_they_are(stored):
+    """A store holds no weights."""
+    model = classifier(seed=5)
+    compiled = mmopt.load_compiled(stored[0], model)
+    with torch.no_grad():
+        expected = model(**tokens(9)).logits
+    torch.testing.assert_close(compiled(**tokens(9)).logits, expected, rtol=1e-4, atol=1e-5)
+    assert compiled.recompiles == ()
+
+
+def test_a_call_that_the_graph_does_not_fit_is_compiled_and_counted(stored, monkeypatch):
+    """The reason names what changed; once it is changed back, the graph is used again."""
+    lowered = []
+
+    def lower(graph, _inputs):
+        lowered.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr("mmopt.compilation.model.compile_fx", lower)
+    model = classifier()
+    compiled = mmopt.load_compiled(stored[0], model)
+    plain = compiled(**tokens(9)).logits
+    with model.disable_adapter():
+        without = compiled(**tokens(9)).logits
+        torch.testing.assert_close(without, model(**tokens(9)).logits, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(without, plain)
+    (found,) = compiled.recompiles
+    assert "adapters_disabled is True, was False" in found.reason
+    assert found.file.endswith("peft_model.py")
+    torch.testing.assert_close(compiled(**tokens(9)).logits, plain)
+    assert len(lowered) == 1
+
+    handle = model.base_model.model.bert.register_forward_hook(lambda *_: None)
+    compiled(**tokens(9))
+    handle.remove()
+    assert "_forward_hooks is collections.OrderedDict of" in compiled.recompiles[1].reason
+    compiled(**{**tokens(9), "attention_mask": torch.ones(3, 9)})
+    assert "a dtype, size or mode of torch" in compiled.recompiles[2].reason
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda folder: (folder / "store.sig").write_text("0" * 64), "not written by this user"),
+        (lambda folder: (folder / "store.json").unlink(), "is no store: No such file"),
+        (lambda folder: (folder / "graph.bin").unlink(), r"graph\.bin cannot be read"),
+        (
+            lambda folder: (folder / "graph.bin").write_bytes(b"cos\nsystem\n(S'false'\ntR."),
+            r"graph\.bin was changed after it was stored",
+        ),
+        (
+            lambda folder: next((folder / "kernels").rglob("*.so")).write_bytes(b"other"),
+            r"\.so was changed after it was stored",
+        ),
+    ],
+)
+def test_a_spoiled_store_is_refused_before_anything_in_it_is_opened(
+    copy, spoil, message, monkeypatch
+):
+    monkeypatch.setattr(stores, "load_function", lambda _content: pytest.fail("was unpickled"))
+    monkeypatch.setattr(stores, "place_kernels", lambda _files: pytest.fail("was written"))
+    spoil(copy)
+    with pytest.raises(InputError, match=message):
+        mmopt.load_compiled(copy, classifier())
+
+
+def test_a_stranger_needs_the_sha256(stored, tmp_path, monkeypatch):
+    """Of the record, which holds those of all files."""
+    folder, digest = stored
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    with pytest.raises(InputError, match=r"not written by this user.*pass the sha256"):
+        mmopt.load_compiled(folder, classifier())
+    with pytest.raises(InputError, match=r"has SHA-256 [0-9a-f]{64}, expected ffff"):
+        mmopt.load_compiled(folder, classifier(), sha256="f" * 64)
+    assert not key_file().exists()
+    compiled = mmopt.load_compiled(folder, classifier(), sha256=digest)
+    assert compiled(**tokens(9)).logits.shape == (3, 3)
+
+
+def rewritten(folder, change):
+    """Change the record and sign it again, as another version would have written it."""
+    record = json.loads((folder / "store.json").read_text())
+    change(record)
+    written = json.dumps(record).encode()
+    (folder / "store.json").write_bytes(written)
+    (folder / "store.sig").write_text(stores.sign(written))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda record: record.update(schema=0), "has schema 0, expected 1"),
+        (
+            lambda record: record["key"].update(torch="2.0.0"),
+            r"with torch 2\.0\.0, here it is \d.*, expected the same",
+        ),
+        (
+            lambda record: record["key"].update(device="cuda", GPU="NVIDIA H200"),
+            "with device cuda, here it is cpu",
+        ),
+        (
+            lambda record: record["modules"].update({"peft.peft_model": "0" * 64}),
+            r"another source of peft\.peft_model",
+        ),
+        (
+            lambda record: record["key"].update({"C++ compiler": None}),
+            "with C.. compiler None, here it is ",
+        ),
+        (lambda record: record.update({"model": {"class": "x.Y", "tensors": ""}}), "for a x.Y"),
+    ],
+)
+def test_another_version_device_or_source_is_refused_with_the_reason(copy, change, message):
+    with pytest.raises(InputError, match=message):
+        mmopt.load_compiled(rewritten(copy, change), classifier())
+
+
+def test_another_model_or_state_is_refused_with_the_reason(stored):
+    folder = stored[0]
+    with pytest.raises(InputError, match="with other parameters"):
+        mmopt.load_compiled(folder, classifier(rank=2))
+    with pytest.raises(InputError, match=r"another state: model.*training is True, was False"):
+        mmopt.load_compiled(folder, classifier().train())
+    plain = classifier()
+    mmopt.optimize(plain).undo()
+    with pytest.raises(InputError, match="in another state"):
+        mmopt.load_compiled(folder, plain)
+    with pytest.raises(InputError, match="does not say how its model is made"):
+        mmopt.load_compiled(folder)
+
+
+def test_a_store_appears_whole_or_not_at_all(home, tmp_path, monkeypatch):
+    model = classifier()
+    compiled = mmopt.CompiledModel(model, mode="infer", dynamic=True)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    with pytest.raises(InputError, match="not empty"):
+        compiled.save(tmp_path / "full", tokens(12))
+
+    lowering = torch._dynamo.backends.debugging.aot_eager
+    monkeypatch.setattr("mmopt.compilation.model.compile_fx", lowering)
+    wrong = stores.StoredGraph(None, ModelState({}, {}), (), {})
+    monkeypatch.setattr("mmopt.compilation.model.capture", lambda *_args, **_options: wrong)
+    monkeypatch.setattr(
+        stores.StoredGraph,
+        "__call__",
+        lambda self, model, arguments: {"logits": model(**arguments).logits + 1},
+    )
+    with pytest.raises(CheckFailedError, match=r"other outputs.*logits is off"):
+        compiled.save(tmp_path / "new", tokens(12))
+
+    monkeypatch.setattr(
+        stores.StoredGraph, "__call__", lambda self, model, arguments: model(**arguments)
+    )
+    monkeypatch.setattr(stores, "_BUILD", "raise SystemExit('no such op')")
+    monkeypatch.setattr(stores, "_pickled", lambda graph, model: b"")
+    with pytest.raises(MmoptError, match=r"a fresh process cannot load.*no such op") as caught:
+        compiled.save(tmp_path / "new", tokens(12))
+    assert caught.value.exit_code == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["full"]
+
+
+def test_the_key_is_private_to_the_user(home, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    signature = stores.sign(b"record")
+    assert key_file().stat().st_mode & 0o777 == 0o600
+    assert stores.sign(b"record") == signature
+    assert stores.signed_here(b"record", signature)
+    assert not stores.signed_here(b"Record", signature)
+    key_file().chmod(0o644)
+    with pytest.raises(InputError, match="can be read by others"):
+        stores.sign(b"record")
+
+
+def test_facts_are_the_same_in_every_process_and_skip_what_leads_nowhere():
+    names = [
+        "model.training",
+        "model._modules['base_model'].peft_config['default'].r",
+        "model.nowhere",
+        "___helper(model)",
+        "G['__import_math'].pi",
+    ]
+    state = ModelState.of(names, {"__import_math": "math"}, classifier(), {})
+    assert state.facts == {
+        "model.training": "False",
+        "model._modules['base_model'].peft_config['default'].r": "4",
+        "G['__import_math'].pi": "3.141592653589793",
+    }
+    assert state.difference(classifier()) is None
+    assert state.difference(classifier(rank=2)) == (
+        "model.base_model.peft_config['default'].r is 2, was 4"
+    )
+    assert describe(torch.zeros(2, 3, requires_grad=True)) == "torch.float32 [2, 3] on cpu, trained"
+    assert describe({"a": 1, "b": object()}) == "dict of 'a', 'b'"
+    assert describe([1, 2]) == "list of 2"
+    assert describe(describe) == "function mmopt.compilation.state.describe"
+    assert "0x" not in describe(object())
+
+
+@pytest.mark.slow
+def test_a_fresh_process_trains_on_the_graph(home, tmp_path):
+    """Loss and every gradient, with dropout: the seed gives the same masks in both processes."""
+    batch = tokens(12, labels=True)
+    compiled = mmopt.compile(decoder(), batch, mode="train")
+    compiled.save(tmp_path / "store", batch)
+    code = f"""
+import torch, mmopt
+from mmopt.compilation.parity import gradients
+from test_store import decoder, tokens
+torch.set_num_threads({torch.get_num_threads()})
+model = decoder()
+compiled = mmopt.load_compiled({str(tmp_path / "store")!r}, model)
+found = {{}}
+for length in (12, 9):
+    torch.manual_seed(7)
+    loss = compiled(**tokens(length, labels=True)).loss
+    found[length] = loss.detach(), gradients(loss, model)
+assert compiled.recompiles == ()
+assert not torch._dynamo.utils.counters["stats"], torch._dynamo.utils.counters
+torch.save(found, {str(tmp_path / "found.pt")!r})
+"""
+    fresh_process(code, scratch=tmp_path, home=home)
+    for length, (loss, found) in torch.load(tmp_path / "found.pt").items():
+        torch.manual_seed(7)
+        expected = compiled(**tokens(length, labels=True)).loss
+        torch.testing.assert_close(loss, expected.detach())
+        assert compare("gradients", gradients(expected, compiled.module), found).holds
+    # Of a model whose dropout is off, eager is the oracle.
+    model = decoder()
+    for each in model.modules():
+        if hasattr(each, "attention_dropout"):
+            each.attention_dropout = 0.0
+    loaded = mmopt.load_compiled(tmp_path / "store", decoder())
+    assert loaded(**batch).loss.requires_grad
+    with pytest.raises(InputError, match=r"attention_dropout is 0\.0, was 0\.1"):
+        mmopt.load_compiled(tmp_path / "store", model)

@@ -33,7 +33,8 @@ def attach_adapter(base: Any, folder: Path) -> tuple[Any, set[str]]:
     whole = _check_fit(base, folder)
     try:
         with quiet_transformers():
-            model = PeftModel.from_pretrained(base, folder)
+            # In the base's dtype; PEFT's default is fp32 on any base.
+            model = PeftModel.from_pretrained(base, folder, autocast_adapter_dtype=False)
     except (ValueError, RuntimeError, KeyError, TypeError) as error:
         raise InputError(
             f"PEFT cannot load {folder} onto {type(base).__name__}: "

@@ -4,6 +4,7 @@ A model is a local folder or a hub id. Weights are read from safetensors only: a
 code. A folder that `mmopt train` wrote carries `mmopt-train.json`, which is checked here.
 """
 
+import inspect
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -29,7 +30,7 @@ class Checkpoint:
     """A loaded model and where it came from.
 
     Attributes:
-        model: a `PreTrainedModel`, or a `PeftModel` when there are adapters; eval mode, CPU, fp32.
+        model: a `PreTrainedModel`, or a `PeftModel` when there are adapters; eval mode, CPU.
         tokenizer: of the adapter's folder, else of the model's; None when neither has one.
         source: the model as the caller named it.
         base_sha256: over the base's weight files.
@@ -43,7 +44,9 @@ class Checkpoint:
     adapters: tuple[Path, ...]
 
 
-def load_checkpoint(model: str, *, adapters: Sequence[str] = ()) -> Checkpoint:
+def load_checkpoint(
+    model: str, *, adapters: Sequence[str] = (), dtype: torch.dtype = torch.float32
+) -> Checkpoint:
     """Load `model` with its own architecture and weights, and at most one LoRA adapter on it.
 
     An adapter folder with a `config.json` (as `mmopt train` writes it) decides the head: its
@@ -52,6 +55,8 @@ def load_checkpoint(model: str, *, adapters: Sequence[str] = ()) -> Checkpoint:
     Args:
         model: a local folder or a hub id.
         adapters: PEFT adapter folders or hub ids.
+        dtype: of the weights, those of the adapter too; transformers keeps in fp32 what an
+            architecture declares so.
 
     Raises:
         InputError: not a model, damaged weights, weights missing, an adapter of another base.
@@ -69,7 +74,7 @@ def load_checkpoint(model: str, *, adapters: Sequence[str] = ()) -> Checkpoint:
     config_folder = next(
         (folder for folder in adapter_folders if (folder / "config.json").is_file()), base_folder
     )
-    base, missing = load_base(base_folder, config=load_config(config_folder))
+    base, missing = load_base(base_folder, config=load_config(config_folder), dtype=dtype)
     if adapter_folders:
         from mmopt_export.adapters import attach_adapter
 
@@ -144,12 +149,17 @@ def load_config(folder: Path) -> Any:
 
 
 def load_base(
-    folder: Path, *, config: Any, architecture: str | None = None
+    folder: Path,
+    *,
+    config: Any,
+    architecture: str | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Any, list[str]]:
-    """Load the weights of `folder` into `config`'s architecture, in fp32 on the CPU.
+    """Load the weights of `folder` into `config`'s architecture, on the CPU.
 
     Args:
         architecture: the class to build; the first of `config.architectures` by default.
+        dtype: of the weights.
 
     Returns:
         The model, and the names of its parameters that the folder has no weights for.
@@ -158,17 +168,18 @@ def load_base(
         InputError: damaged weights, a tensor of another shape than the config says, NaN or Inf.
     """
     name = architecture or next(iter(config.architectures or ()), None)
-    model_class = getattr(transformers, name or "", None)
-    if model_class is None:
+    model_class: Any = getattr(transformers, name or "", None)
+    known = inspect.isclass(model_class) and issubclass(model_class, transformers.PreTrainedModel)
+    if not known:
         raise InputError(
-            f"{folder / 'config.json'} names the architecture {name!r}, which transformers "
-            f"{transformers.__version__} does not have."
+            f"{folder / 'config.json'} names the architecture {name!r}, which is no model "
+            f"of transformers {transformers.__version__}."
         )
     check_weights(folder)
     try:
         with quiet_transformers():
             model, info = model_class.from_pretrained(
-                folder, config=config, dtype=torch.float32, output_loading_info=True
+                folder, config=config, dtype=dtype, output_loading_info=True
             )
     except (RuntimeError, ValueError, OSError, SafetensorError) as error:
         raise InputError(

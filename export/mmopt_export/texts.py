@@ -1,8 +1,10 @@
 """Reads JSON Lines of texts and labels: `{"text": ..., "label": ...}`, one object a line."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mmopt_kernels.errors import InputError
 
@@ -26,24 +28,13 @@ def read_texts(path: Path, *, text: str = "text", label: str | None = None) -> L
         InputError: the file is missing, empty, not UTF-8, or a line is not an object with the
             keys; the message names the line.
     """
-    if not path.is_file():
-        raise InputError(f"{path} does not exist, expected a JSON Lines file.")
     texts: list[str] = []
     labels: list[str] = []
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text ({error.reason}).") from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}, line {number}: not JSON ({error.msg}).") from error
-        if not isinstance(row, dict) or not isinstance(row.get(text), str):
+    for number, row in read_rows(path):
+        if not isinstance(row.get(text), str):
             raise InputError(
-                f'{path}, line {number}: expected an object with a string "{text}", got {line[:80]}'
+                f'{path}, line {number}: expected an object with a string "{text}", got '
+                f"{json.dumps(row, ensure_ascii=False)[:80]}"
             )
         texts.append(row[text])
         if label is not None:
@@ -57,3 +48,27 @@ def read_texts(path: Path, *, text: str = "text", label: str | None = None) -> L
     if not texts:
         raise InputError(f"{path} has no lines, expected at least one text.")
     return LabelledTexts(texts, labels if label is not None else None)
+
+
+def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The objects of a JSON Lines file, each with the number of its line; empty lines are skipped.
+
+    Raises:
+        InputError: the file is missing or not UTF-8, or a line is not an object.
+    """
+    if not path.is_file():
+        raise InputError(f"{path} does not exist, expected a JSON Lines file.")
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text ({error.reason}).") from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path}, line {number}: not JSON ({error.msg}).") from error
+        if not isinstance(row, dict):
+            raise InputError(f"{path}, line {number}: expected an object, got {line[:80]}")
+        yield number, row

@@ -31,6 +31,8 @@ def main() -> int:
         stderr.print(f"error: {error}", style="bold red", markup=False, soft_wrap=True)
         return error.exit_code
     stdout.print(report.render())
+    for name, reason in report.document["mmopt"]["skipped"].items():
+        stdout.print(f"not measured: {name}: {reason}", markup=False, soft_wrap=True)
     print(f"written to {path}")
     return 0
 

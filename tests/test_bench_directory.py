@@ -85,7 +85,8 @@ def test_the_quick_pass_is_everything_but_slow_and_gpu(ids: list[str]) -> None:
     long = {one for one in slow if "[long-" in one}
     assert {one.partition("[")[0] for one in slow - long} == {
         "bench/bench_export.py::bench_export",
-        "bench/bench_llama_step.py::bench_llama_step",
+        "bench/bench_training_step.py::bench_training_step",
+        "bench/bench_warm_start.py::bench_first_call",
     }
     assert {one.partition("::")[0] for one in long} == {
         "bench/bench_attention.py",

@@ -520,6 +520,18 @@ def test_json_prints_one_document_that_equals_the_file(suite: Path) -> None:
     assert document["mmopt"]["figures"] == {}  # -k picks among them as well
 
 
+def test_a_result_keeps_why_a_benchmark_was_skipped(suite: Path) -> None:
+    """And not that others than benchmarks were, which the timed process leaves out."""
+    (suite / "bench_it.py").write_text(
+        SUITE + "\ndef bench_absent(benchmark):\n    pytest.skip('liger is not installed')\n"
+    )
+    document = run_suites(["bench"], keyword="absent or slow or exact or plain").document
+    assert [entry["name"] for entry in document["benchmarks"]] == ["bench_slow"]
+    assert document["mmopt"]["skipped"] == {
+        "bench/bench_it.py::bench_absent": "liger is not installed"
+    }
+
+
 def test_a_p95_is_shown_from_enough_rounds_of_single_calls_only(ran: Ran) -> None:
     document = json.loads(ran.result.read_text())
     for entry, rounds, calls in zip(

@@ -23,6 +23,9 @@ RESULT_SCHEMA_VERSION = 1
 # A report carries the user properties of its test, from pytest-xdist's workers too.
 _PROPERTY = "mmopt figure"
 
+# How pytest-benchmark skips the tests that are not its own.
+_NOT_TIMED = "--benchmark-only active"
+
 
 class Figures:
     """Records the exact figures of one test."""
@@ -123,15 +126,26 @@ class _Writer:
 
 
 class _Conditions:
-    """Watches the machine while tests run, and adds what it saw to pytest-benchmark's JSON."""
+    """Watches the machine while tests run, and adds what it saw to pytest-benchmark's JSON.
+
+    So does why a test was skipped: who reads the result must not take a peer that broke down for
+    one that nobody thought of.
+    """
 
     def __init__(self) -> None:
         self._watched: Any = None
+        self._skipped: dict[str, str] = {}
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtestloop(self) -> Generator[None, object, object]:
         with watch_conditions() as self._watched:
             return (yield)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.skipped and isinstance(report.longrepr, tuple):
+            reason = report.longrepr[2].removeprefix("Skipped: ")
+            if _NOT_TIMED not in reason:
+                self._skipped[report.nodeid] = reason
 
     # pytest-benchmark's own hook, called for --benchmark-json and for its storage.
     @pytest.hookimpl(optionalhook=True)
@@ -145,6 +159,7 @@ class _Conditions:
             "fingerprint": fingerprint().to_dict(),
             "conditions": None if self._watched is None else self._watched.to_dict(),
             "figures": {},
+            "skipped": self._skipped,
         }
 
 

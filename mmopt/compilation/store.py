@@ -153,6 +153,7 @@ def write_store(
             "schema": SCHEMA,
             "key": store_key(_device_of(model)),
             "model": {"class": _class_name(model), "tensors": _tensors_sha256(model)},
+            "problem_type": getattr(_config(model), "problem_type", None),
             "options": dict(options),
             "arguments": list(graph.names),
             "source": None if source is None else dict(source),
@@ -189,6 +190,10 @@ class Store:
         """
         self._require_key(_device_of(model))
         self._require_model(model)
+        config = _config(model)
+        if getattr(config, "problem_type", "") is None:
+            # A classifier writes down at its first loss which loss that is.
+            config.problem_type = self.record.get("problem_type")
         files = {name: self._read(name, digest) for name, digest in self.record["files"].items()}
         kept = json.loads(files[STATE])
         state = ModelState(kept["facts"], kept["imports"])
@@ -398,6 +403,11 @@ _BUILD = (
 def _python_path() -> str:
     """For a child that must import what this process can."""
     return os.pathsep.join(path or os.getcwd() for path in sys.path)
+
+
+def _config(model: Any) -> Any:
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return getattr(base, "config", None)
 
 
 def _device_of(model: nn.Module) -> torch.device:

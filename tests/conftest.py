@@ -3,6 +3,7 @@
 import json
 import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,25 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # function, its own library's included, so it is set before anything imports Triton.
 if not Path("/dev/nvidiactl").exists() and not Path("/dev/kfd").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Sizes are tiny: a second thread only waits, for long where tests run side by side."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dynamo and AOTAutograd make the graphs of `mmopt.compile`; they run as they are, op by op."""
+    from torch._dynamo.backends.debugging import aot_eager
+
+    monkeypatch.setattr("mmopt.compilation.model.compile_fx", aot_eager)
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,6 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -62,13 +61,7 @@ TINY = list({replace(tiny(case), name=""): case for case in reversed(CASES)}.val
 TOGETHER = {peer: build for peer, build in GPU_PEERS.items() if peer not in ALONE}
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """What is small is fastest so, and spins beside no other test."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

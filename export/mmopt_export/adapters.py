@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 
 from mmopt_export.checkpoint import check_weights, quiet_transformers
-from mmopt_kernels.errors import CheckFailedError, InputError
+from mmopt_kernels.errors import CheckFailedError, InputError, one_line
 
 _PREFIX = "base_model.model."
 
@@ -37,8 +37,7 @@ def attach_adapter(base: Any, folder: Path) -> tuple[Any, set[str]]:
             model = PeftModel.from_pretrained(base, folder, autocast_adapter_dtype=False)
     except (ValueError, RuntimeError, KeyError, TypeError) as error:
         raise InputError(
-            f"PEFT cannot load {folder} onto {type(base).__name__}: "
-            f"{' '.join(str(error).split())[:300]}"
+            f"PEFT cannot load {folder} onto {type(base).__name__}: {one_line(error)}"
         ) from error
     return model, whole
 

@@ -17,7 +17,7 @@ import transformers
 from safetensors import SafetensorError, safe_open
 
 from mmopt_export.files import sha256, sha256_of_all
-from mmopt_kernels.errors import InputError, MmoptError
+from mmopt_kernels.errors import InputError, MmoptError, one_line
 
 TRAIN_RECORD = "mmopt-train.json"
 """Written by `mmopt train` beside an adapter: the base it was trained on and its files' hashes."""
@@ -144,7 +144,7 @@ def load_config(folder: Path) -> Any:
     except (ValueError, KeyError, OSError) as error:
         raise InputError(
             f"{folder / 'config.json'} is not a configuration that transformers "
-            f"{transformers.__version__} knows: {_one_line(error)}"
+            f"{transformers.__version__} knows: {one_line(error)}"
         ) from error
 
 
@@ -182,9 +182,7 @@ def load_base(
                 folder, config=config, dtype=dtype, output_loading_info=True
             )
     except (RuntimeError, ValueError, OSError, SafetensorError) as error:
-        raise InputError(
-            f"the weights in {folder} do not fit {name}: {_one_line(error)}"
-        ) from error
+        raise InputError(f"the weights in {folder} do not fit {name}: {one_line(error)}") from error
     broken = [
         key for key, value in model.state_dict().items() if not bool(torch.isfinite(value).all())
     ]
@@ -210,7 +208,7 @@ def load_tokenizer(*folders: Path) -> Any:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(chosen)
     except (ValueError, OSError, KeyError) as error:
-        raise InputError(f"{chosen} has no usable tokenizer: {_one_line(error)}") from error
+        raise InputError(f"{chosen} has no usable tokenizer: {one_line(error)}") from error
     if not tokenizer.is_fast:
         raise InputError(f"{chosen} has only a slow tokenizer, expected a tokenizer.json.")
     return tokenizer
@@ -306,7 +304,3 @@ def quiet_transformers() -> Iterator[None]:
 def _first(names: Sequence[str], count: int = 3) -> str:
     shown = ", ".join(names[:count])
     return f"{shown} and {len(names) - count} more" if len(names) > count else shown
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]

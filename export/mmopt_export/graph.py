@@ -14,7 +14,7 @@ import torch
 
 from mmopt_export.checkpoint import quiet_transformers
 from mmopt_export.manifest import TensorSpec
-from mmopt_kernels.errors import InputError, MmoptError
+from mmopt_kernels.errors import InputError, MmoptError, one_line
 
 OPSET = 20
 """The newest opset that onnxruntime 1.30 runs in full and transformers' exporter emits."""
@@ -86,7 +86,7 @@ def trace(model: Any, inputs: list[str], *, max_length: int, target: str) -> onn
             )
     except (RuntimeError, ValueError, TypeError, torch.onnx.errors.OnnxExporterError) as error:
         raise MmoptError(
-            f"{type(model).__name__} could not be traced: {' '.join(str(error).split())[:500]}"
+            f"{type(model).__name__} could not be traced: {one_line(error, 500)}"
         ) from error
     graph: onnx_ir.Model = exported.program
     _require_inputs(graph, inputs)

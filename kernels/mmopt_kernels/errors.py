@@ -34,3 +34,8 @@ class CheckFailedError(MmoptError):
     """The work ran to its end and what it promised does not hold (parity, placement, gradient)."""
 
     exit_code = 1
+
+
+def one_line(error: BaseException, most: int = 300) -> str:
+    """What a library's error says, for use within a message of ours."""
+    return " ".join(str(error).split())[:most]

@@ -7,9 +7,7 @@ only the second would make transformers drop the mask without a word.
 """
 
 import ast
-import inspect
 import sys
-import textwrap
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from mmopt.attach.report import Row
+from mmopt.attach.source import parsed
 from mmopt_kernels import Intervals, attention
 from mmopt_kernels.attention.bounds import reduce_rows
 from mmopt_kernels.errors import InputError
@@ -210,10 +209,8 @@ def _has_no_mask(tower: Any) -> bool:
 
 def _source(kind: type) -> ast.Module | None:
     """The forward of a class, None where its source is not at hand."""
-    try:
-        return ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(kind.forward))))  # type: ignore[attr-defined]
-    except (OSError, TypeError, SyntaxError):
-        return None
+    found = parsed(kind.forward)  # type: ignore[attr-defined]
+    return None if found is None else found[0]
 
 
 def _passed(layer: nn.Module) -> set[str]:

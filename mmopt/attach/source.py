@@ -22,6 +22,15 @@ class CannotRewriteError(Exception):
     """Why a method is not one that this package understands."""
 
 
+def parsed(method: Callable[..., Any]) -> tuple[ast.Module, int] | None:
+    """The source within any decorators, and its first line; None where it is not at hand."""
+    try:
+        lines, first = inspect.getsourcelines(inspect.unwrap(method))
+        return ast.parse(textwrap.dedent("".join(lines))), first
+    except (OSError, TypeError, SyntaxError):
+        return None
+
+
 def definition_of(method: Callable[..., Any], name: str) -> ast.FunctionDef:
     """The source of a method, at the lines of its file, ready to be changed and compiled.
 
@@ -30,11 +39,10 @@ def definition_of(method: Callable[..., Any], name: str) -> ast.FunctionDef:
         name: what to call it in a message.
     """
     inner = inspect.unwrap(method)
-    try:
-        lines, first = inspect.getsourcelines(inner)
-        tree = ast.parse(textwrap.dedent("".join(lines)))
-    except (OSError, TypeError, SyntaxError) as error:
-        raise CannotRewriteError(f"the source of its {name} is not at hand") from error
+    found = parsed(method)
+    if found is None:
+        raise CannotRewriteError(f"the source of its {name} is not at hand")
+    tree, first = found
     definition = tree.body[0]
     if not isinstance(definition, ast.FunctionDef):
         raise CannotRewriteError(f"its {name} is not an ordinary method")

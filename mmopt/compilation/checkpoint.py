@@ -151,7 +151,7 @@ def compile_checkpoint(
         "dtype": dtype,
         "device": place.type,
     }
-    with progress("store", None):
+    with memory_shortage_said(place), progress("store", None):
         return replace(report, store_sha256=fused.save(output, task.inputs, source=source))
 
 

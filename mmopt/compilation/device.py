@@ -11,7 +11,7 @@ from mmopt.measure.gpu_timing import gpu_timer
 from mmopt.measure.memory import peak_tensor_bytes
 from mmopt.measure.timers import TIMERS
 from mmopt.measure.timing import Timer, WallTimer
-from mmopt_kernels.errors import InputError, MmoptError
+from mmopt_kernels.errors import InputError, MmoptError, one_line
 
 DEVICES = ("auto", "cpu", "cuda")
 
@@ -91,7 +91,7 @@ def memory_shortage_said(device: torch.device) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         raise MmoptError(
             f"the memory of {describe(device)} does not suffice: "
-            f"{' '.join(str(error).split())[:200]} Pass a smaller --batch or --length, --dtype "
+            f"{one_line(error, 200)} Pass a smaller --batch or --length, --dtype "
             "bfloat16, or free the GPU."
         ) from error
 
@@ -105,5 +105,5 @@ def _gpu_obstacle() -> str | None:
         # A driver or a GPU that is too old for this torch shows itself only when used.
         (torch.zeros(1, device="cuda") + 1).item()
     except RuntimeError as error:
-        return f"torch's first operation on it failed ({' '.join(str(error).split())[:200]})"
+        return f"torch's first operation on it failed ({one_line(error, 200)})"
     return None

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from mmopt.attach.optimize import transformers_model
 from mmopt.compilation.inputs import (
     IGNORED,
     Contents,
@@ -24,7 +25,7 @@ from mmopt.compilation.inputs import (
 )
 from mmopt_export.checkpoint import Checkpoint, quiet_transformers, resolve
 from mmopt_export.texts import read_rows
-from mmopt_kernels.errors import InputError, MmoptError
+from mmopt_kernels.errors import InputError, MmoptError, one_line
 
 INPUT_FIELDS = ("text", "image", "audio")
 FIELDS = (*INPUT_FIELDS, "label")
@@ -116,8 +117,7 @@ class ExampleBatches:
     """
 
     def __init__(self, path: Path, checkpoint: Checkpoint, *, train: bool) -> None:
-        model = checkpoint.model
-        self._base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self._base = transformers_model(checkpoint.model)
         self._path, self._train = path, train
         self._examples = read_examples(path)
         self._head = head_of(self._base)
@@ -184,7 +184,7 @@ class ExampleBatches:
             first, last = rows[0].line, rows[-1].line
             raise InputError(
                 f"{self._path}, lines {first} to {last}: {type(self._processor).__name__} refuses "
-                f"the rows: {' '.join(str(error).split())[:300]}"
+                f"the rows: {one_line(error)}"
             ) from error
         reads = parameters_of(self._base)
         inputs = {name: value for name, value in inputs.items() if name in reads}
@@ -298,12 +298,10 @@ class ExampleBatches:
                 processor = loader.from_pretrained(folder)
         except ImportError as error:
             raise MmoptError(
-                f"the processor of {folder} cannot run here: {' '.join(str(error).split())[:300]}"
+                f"the processor of {folder} cannot run here: {one_line(error)}"
             ) from error
         except (ValueError, OSError, KeyError, TypeError) as error:
-            raise InputError(
-                f"{folder} has no usable processor: {' '.join(str(error).split())[:300]}"
-            ) from error
+            raise InputError(f"{folder} has no usable processor: {one_line(error)}") from error
         if self._composite and not isinstance(processor, transformers.ProcessorMixin):
             raise InputError(
                 f"{folder} has a {type(processor).__name__}, expected a processor that reads "

@@ -28,9 +28,9 @@ from mmopt.compilation.regions import (
     try_backward,
 )
 from mmopt.compilation.store import StoredGraph, capture, write_store
-from mmopt.compilation.tracing import tracing
+from mmopt.compilation.tracing import Tracing
 from mmopt_export.files import require_new_folder
-from mmopt_kernels.errors import CheckFailedError, InputError, MmoptError
+from mmopt_kernels.errors import CheckFailedError, InputError, MmoptError, one_line
 
 Mode = Literal["train", "infer"]
 
@@ -99,6 +99,7 @@ class CompiledModel:
         self._failures: list[GuardFail] = []
         self._calling = False
         self._graphs = 0
+        self._tracing = Tracing(infer=mode == "infer")
         compiler = torch._dynamo.optimize(
             self._lower, dynamic=dynamic, guard_fail_fn=self._note_failure
         )
@@ -124,7 +125,7 @@ class CompiledModel:
         """Run the model; the arguments and the result are its own."""
         arguments = prepared(self.module, self._by_name(args, kwargs))
         if self._stored is not None:
-            with torch.set_grad_enabled(torch.is_grad_enabled() and self._mode == "train"):
+            with self._tracing.gradients():
                 self._unfit = self._stored.mismatch(self.module, arguments)
                 if self._unfit is None:
                     return self._stored(self.module, arguments)
@@ -132,7 +133,7 @@ class CompiledModel:
         self._failures.clear()
         self._calling = True
         try:
-            with tracing(infer=self._mode == "infer"):
+            with self._tracing:
                 output = self._run(**arguments)
         finally:
             self._calling = False
@@ -206,10 +207,7 @@ class CompiledModel:
     def _require_equal(self, graph: StoredGraph, arguments: Mapping[str, Any]) -> None:
         outputs = []
         for run in (partial(self, **arguments), partial(graph, self.module, arguments)):
-            with (
-                torch.random.fork_rng(),
-                torch.set_grad_enabled(torch.is_grad_enabled() and self._mode == "train"),
-            ):
+            with torch.random.fork_rng(), self._tracing.gradients():
                 torch.manual_seed(0)
                 outputs.append(tensors_of(run()))
         found = compare("outputs", *outputs)
@@ -241,6 +239,7 @@ class CompiledModel:
             self._recompiles.append(
                 Recompile(code.co_filename, code.co_firstlineno, f"stored graph: {self._unfit}")
             )
+            self._unfit = None
             self._failures.clear()
         if self._failures:
             code = self._failures[0].orig_code
@@ -350,6 +349,6 @@ def _try_batch(model: nn.Module, batch: Mapping[str, Any]) -> None:
         )
         raise InputError(
             f"{type(model).__name__} rejects the example batch ({shown}): "
-            f"{type(error).__name__}: {' '.join(str(error).split())[:300]}. "
+            f"{type(error).__name__}: {one_line(error)}. "
             "Pass a batch that the model runs on eagerly."
         ) from error

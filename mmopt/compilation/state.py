@@ -6,13 +6,13 @@ text, they can: an expression that leads from the model to a value, and what the
 
 import ast
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from importlib import import_module
-from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 MODEL, ARGUMENTS, GLOBALS = "model", "arguments", "G"
 
@@ -49,6 +49,8 @@ def describe(value: Any) -> str:
         return f"{type(value).__name__} {_name(value)}"
     if isinstance(value, ModuleType):
         return f"module {value.__name__}"
+    if isinstance(value, nn.Module) and "forward" in vars(value):
+        return f"a {_name(type(value))} with a forward of its own"
     return f"a {_name(type(value))}"
 
 
@@ -64,9 +66,12 @@ class ModelState:
         self.facts = dict(facts)
         self.imports = dict(imports)
         self._watch: _Watch | None = None
-        self._arguments = {
-            expression: fact for expression, fact in facts.items() if _root(expression) == ARGUMENTS
-        }
+        # With the code that finds it in each call.
+        self._arguments = [
+            (expression, compile(expression, "<fact>", "eval"), fact)
+            for expression, fact in facts.items()
+            if _root(expression) == ARGUMENTS
+        ]
 
     @classmethod
     def of(
@@ -76,7 +81,8 @@ class ModelState:
         scope = _scope(imports, model, arguments)
         facts = {}
         for name in dict.fromkeys(names):
-            if name.endswith(_CLASS_DICT) or _REGISTRY in name:
+            root = _root(name)
+            if name.endswith(_CLASS_DICT) or (root == GLOBALS and _REGISTRY in name):
                 continue
             try:
                 value = _evaluate(name, scope)
@@ -84,8 +90,9 @@ class ModelState:
             except (*_GONE, NameError, SyntaxError, ValueError):
                 continue
             # A collection of a module, such as a registry, holds what else the process has used.
-            if _root(name) != GLOBALS or not isinstance(value, Mapping | list | set | tuple):
-                facts[name] = describe(value)
+            if root == GLOBALS and isinstance(value, Mapping | list | set | tuple):
+                continue
+            facts[name] = _of_argument(value) if root == ARGUMENTS else describe(value)
         return cls(facts, imports)
 
     def difference(self, model: Any) -> str | None:
@@ -106,109 +113,127 @@ class ModelState:
         """Remember `model`, which is as described, for `changed`."""
         self._watch = _Watch(
             model,
-            [name for name in self.facts if _root(name) == MODEL and not _LASTING.search(name)],
+            {
+                name: fact
+                for name, fact in self.facts.items()
+                if _root(name) == MODEL and not _LASTING.search(name)
+            },
         )
 
     def changed(self, arguments: Mapping[str, Any]) -> str | None:
         """What is no longer as described: of the watched model, or of the arguments of a call.
 
-        Tensors among the arguments are left to the guards of the graph.
+        What a tensor among the arguments is like is left to the guards of the graph.
         """
         assert self._watch is not None, "watch comes first"
-        for expression, fact in self._arguments.items():
+        for expression, code, fact in self._arguments:
             try:
-                value = _evaluate(expression, {ARGUMENTS: arguments})
+                found = _of_argument(_evaluate(code, {ARGUMENTS: arguments}))
             except _GONE:
-                return f"{_readable(expression)} is missing"
-            if not isinstance(value, Tensor) and describe(value) != fact:
-                return f"{_readable(expression)} is {describe(value)}, was {fact}"
+                found = "not there"
+            if found != fact:
+                return f"{_readable(expression)} is {found}, was {fact}"
         return self._watch.changed()
 
 
 class _Watch:
-    """Follows expressions step by step, each shared step once, and compares what they lead to."""
+    """Compares what expressions lead to with what they led to when this was made.
 
-    def __init__(self, model: Any, expressions: Sequence[str]) -> None:
-        # (index of the parent's value, by attribute or by subscript, its name or key)
-        self._steps: list[tuple[int, bool, Any]] = []
-        self._expressions: list[str] = []
-        index = {ast.dump(ast.parse(MODEL, mode="eval").body): 0}
-        self._values: list[Any] = [model]
-        watched: dict[int, str] = {}
-        for expression in expressions:
-            place = self._follow(ast.parse(expression, mode="eval").body, index)
+    It runs before every call, so it is a function that is written out for one model: each step that
+    expressions share is taken once, and each value is compared in the cheapest way that its kind
+    allows.
+    """
+
+    def __init__(self, model: Any, facts: Mapping[str, str]) -> None:
+        self._model = model
+        self._facts = list(facts.items())
+        # Of each step (from which value, the attribute or subscript) the number of its value.
+        self._steps: dict[tuple[int, str], int] = {}
+        self._values = [model]
+        self._lines = ["def first_change(v0):"]
+        constants: dict[str, Any] = {}
+        for number, (expression, _) in enumerate(self._facts):
+            place = self._follow(ast.parse(expression, mode="eval").body)
             if place is not None:
-                watched[place] = expression
-        self._checks = [
-            (place, expression, _comparison(self._values[place]))
-            for place, expression in watched.items()
-        ]
+                test = _difference(f"v{place}", self._values[place], f"c{number}", constants)
+                self._lines.append(f"    if {test}: return {number}")
+        self._lines.append("    return None")
+        exec(compile("\n".join(self._lines), "<facts of a model>", "exec"), constants)
+        self._first_change: Callable[[Any], int | None] = constants["first_change"]
+        # They would keep alive what the model has let go.
+        self._values.clear()
+        self._lines.clear()
 
-    def _follow(self, node: ast.expr, index: dict[str, int]) -> int | None:
-        known = ast.dump(node)
-        if known in index:
-            return index[known]
-        key: Any
+    def _follow(self, node: ast.expr) -> int | None:
+        """The number of the value that `node` leads to; None where a function is called."""
+        if isinstance(node, ast.Name):
+            return 0
         if isinstance(node, ast.Attribute):
-            by_attribute, key = True, node.attr
+            step = f".{node.attr}"
         elif isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
-            by_attribute, key = False, node.slice.value
+            step = f"[{node.slice.value!r}]"
         else:
             return None
-        parent = self._follow(node.value, index)
+        parent = self._follow(node.value)
         if parent is None:
             return None
-        self._steps.append((parent, by_attribute, key))
-        above = self._values[parent]
-        self._values.append(getattr(above, key) if by_attribute else above[key])
-        index[known] = len(self._values) - 1
-        return index[known]
+        if (parent, step) not in self._steps:
+            number = len(self._values)
+            self._steps[parent, step] = number
+            self._values.append(eval(f"v{step}", {"v": self._values[parent]}))
+            self._lines.append(f"    v{number} = v{parent}{step}")
+        return self._steps[parent, step]
 
     def changed(self) -> str | None:
-        values = [self._values[0]]
+        """The first value that is no longer what it was, or None."""
         try:
-            for parent, by_attribute, key in self._steps:
-                above = values[parent]
-                values.append(getattr(above, key) if by_attribute else above[key])
+            number = self._first_change(self._model)
         except _GONE as error:
             return f"a part of the model is gone: {type(error).__name__}: {error}"
-        for place, expression, same in self._checks:
-            if not same(values[place]):
-                now, was = describe(values[place]), describe(self._values[place])
-                return f"{_readable(expression)} is {now}, was {was}"
-        return None
+        if number is None:
+            return None
+        expression, fact = self._facts[number]
+        now = describe(_evaluate(expression, {MODEL: self._model}))
+        # Else it is another module of the same kind.
+        what = f"is {now}, was {fact}" if now != fact else "was replaced"
+        return f"{_readable(expression)} {what}"
 
 
-def _comparison(was: Any) -> Callable[[Any], bool]:
-    """A cheap test that a value is what `was` is now."""
-    if was is None or isinstance(was, bool | torch.nn.Module):
-        return lambda value: value is was
+def _difference(value: str, was: Any, name: str, constants: dict[str, Any]) -> str:
+    """The source of a test that the variable `value` is not what `was` is now.
+
+    `name` is free for a constant that the test needs, and set in `constants`.
+    """
+    constants[name] = was
+    if was is None or isinstance(was, bool):
+        return f"{value} is not {was}"
+    if isinstance(was, nn.Module):
+        own = "forward" in vars(was)
+        return f"{value} is not {name} or ('forward' in {value}.__dict__) is not {own}"
     if isinstance(was, int | float | str | bytes | torch.dtype | torch.device):
-        return lambda value: bool(value == was)
+        return f"{value} != {name}"
     if isinstance(was, Tensor):
-        dtype, shape, device, trained = was.dtype, was.shape, was.device, was.requires_grad
-        return lambda value: (
-            value.requires_grad is trained
-            and value.dtype is dtype
-            and value.shape == shape
-            and value.device == device
-        )
+        constants[name] = (was.requires_grad, was.dtype, was.shape, was.device)
+        parts = ("requires_grad", "dtype", "shape", "device")
+        return f"({', '.join(f'{value}.{part}' for part in parts)}) != {name}"
     if isinstance(was, Mapping):
-        if not was:
-            return lambda value: not value
-        keys = list(was)
-        return lambda value: list(value) == keys
+        constants[name] = list(was)
+        return f"list({value}) != {name}" if was else value
     if isinstance(was, list | tuple | set | frozenset):
-        kind, length = type(was), len(was)
-        return lambda value: type(value) is kind and len(value) == length
+        constants[name] = type(was)
+        return f"type({value}) is not {name} or len({value}) != {len(was)}"
     if isinstance(was, FunctionType | MethodType):
-        code = was.__code__
-        return lambda value: getattr(value, "__code__", None) is code
-    kind = type(was)
-    return lambda value: type(value) is kind
+        constants[name] = was.__code__
+        return f"getattr({value}, '__code__', None) is not {name}"
+    constants[name] = type(was)
+    return f"type({value}) is not {name}"
 
 
-def _evaluate(expression: str, scope: dict[str, Any]) -> Any:
+def _of_argument(value: Any) -> str:
+    return "a tensor" if isinstance(value, Tensor) else describe(value)
+
+
+def _evaluate(expression: str | CodeType, scope: dict[str, Any]) -> Any:
     # Expressions come from Dynamo, or from a store that is trusted to bring code.
     return eval(expression, {"__builtins__": _BUILTINS}, scope)
 

@@ -25,12 +25,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmopt.attach.optimize import transformers_model
 from mmopt.compilation.state import ARGUMENTS, ModelState
-from mmopt.compilation.tracing import tracing
+from mmopt.compilation.tracing import Tracing
 from mmopt.compilation.trust import sign, signed_here
-from mmopt_export.files import staged_folder
+from mmopt_export.files import sha256, staged_folder
 from mmopt_kernels._version import __version__
-from mmopt_kernels.errors import InputError, MmoptError
+from mmopt_kernels.errors import InputError, MmoptError, one_line
 
 SCHEMA = 1
 RECORD, SIGNATURE, GRAPH, STATE, KERNELS = (
@@ -105,7 +106,7 @@ def capture(
 
     given = dict(arguments)
     try:
-        with tracing(infer=infer):
+        with Tracing(infer=infer):
             compiler: Any = torch.compile(
                 call_model, fullgraph=True, dynamic=dynamic, options={"guard_filter_fn": keep}
             )
@@ -113,8 +114,8 @@ def capture(
             source_info = function.source_info()
     except (RuntimeError, AssertionError, OSError, TypeError, AttributeError) as error:
         raise InputError(
-            f"the graph of {type(model).__name__} cannot be stored: {_one_line(error)} Expected "
-            "one graph of code that lies in files. Use mmopt.compile without a store."
+            f"the graph of {type(model).__name__} cannot be stored ({one_line(error)}), "
+            "expected one graph of code that lies in files. Use mmopt.compile without a store."
         ) from error
     imports = function._artifacts.runtime_env.import_sources
     state = ModelState.of(names, imports, model, given)
@@ -125,9 +126,13 @@ def capture(
 
 
 def write_store(
-    graph: StoredGraph, folder: Path, *, model: nn.Module, options: Mapping[str, Any],
+    graph: StoredGraph,
+    folder: Path,
+    *,
+    model: nn.Module,
+    options: Mapping[str, Any],
     source: Mapping[str, Any] | None,
-) -> str:  # fmt: skip
+) -> str:
     """Write `graph` into a new `folder`, which appears whole or not at all.
 
     Args:
@@ -153,13 +158,13 @@ def write_store(
             "schema": SCHEMA,
             "key": store_key(_device_of(model)),
             "model": {"class": _class_name(model), "tensors": _tensors_sha256(model)},
-            "problem_type": getattr(_config(model), "problem_type", None),
+            "problem_type": transformers_model(model).config.problem_type,
             "options": dict(options),
             "arguments": list(graph.names),
             "source": None if source is None else dict(source),
             "modules": graph.sources,
             "files": {
-                str(path.relative_to(staging)): hashlib.sha256(path.read_bytes()).hexdigest()
+                str(path.relative_to(staging)): sha256(path)
                 for path in sorted(staging.rglob("*"))
                 if path.is_file()
             },
@@ -190,14 +195,17 @@ class Store:
         """
         self._require_key(_device_of(model))
         self._require_model(model)
-        config = _config(model)
-        if getattr(config, "problem_type", "") is None:
-            # A classifier writes down at its first loss which loss that is.
-            config.problem_type = self.record.get("problem_type")
         files = {name: self._read(name, digest) for name, digest in self.record["files"].items()}
         kept = json.loads(files[STATE])
         state = ModelState(kept["facts"], kept["imports"])
+        config = transformers_model(model).config
+        undecided = config.problem_type is None
+        if undecided:
+            # What a classifier writes down at its first loss, which the stored model had behind it.
+            config.problem_type = self.record["problem_type"]
         if difference := state.difference(model):
+            if undecided:
+                config.problem_type = None
             raise InputError(
                 f"{self.folder} was compiled for a model in another state: {difference}. "
                 "Prepare the model as it was then (mmopt.optimize, adapters, train or eval mode), "
@@ -254,12 +262,12 @@ class Store:
         return content
 
 
-def open_store(folder: Path, *, sha256: str | None) -> Store:
+def open_store(folder: Path, *, digest: str | None) -> Store:
     """Read `store.json` and make sure that it may be trusted.
 
     Args:
         folder: that `write_store` wrote.
-        sha256: what `write_store` returned; None asks for the signature of this user.
+        digest: what `write_store` returned; None asks for the signature of this user.
 
     Raises:
         InputError: not a store, of another version, or of unknown origin.
@@ -272,11 +280,11 @@ def open_store(folder: Path, *, sha256: str | None) -> Store:
             f"{folder} is no store: {error.strerror or error}, expected a folder with {RECORD} and "
             f"{SIGNATURE}. Make one with `mmopt compile MODEL -o DIR` or CompiledModel.save."
         ) from error
-    if sha256 is not None:
+    if digest is not None:
         found = hashlib.sha256(written).hexdigest()
-        if found != sha256.lower():
+        if found != digest.lower():
             raise InputError(
-                f"{folder} has SHA-256 {found}, expected {sha256}. It is another store, or it was "
+                f"{folder} has SHA-256 {found}, expected {digest}. It is another store, or it was "
                 "changed: do not load it unless you know why."
             )
     elif not signed_here(written, signature):
@@ -340,21 +348,30 @@ def load_function(content: bytes) -> Any:
 
 
 def place_kernels(files: Mapping[str, bytes]) -> None:
-    """Write libraries that are missing into Inductor's cache, where the graph looks for them."""
+    """Write libraries that are missing into Inductor's cache, where the graph looks for them.
+
+    Raises:
+        MmoptError: the cache cannot be written (exit 3).
+    """
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     cache = Path(cache_dir())
-    for name, content in files.items():
-        path = Path(name)
-        if path.parts[0] != KERNELS:
-            continue
-        target = cache.joinpath(*path.parts[1:])
-        if target.exists():
-            continue
-        target.parent.mkdir(parents=True, exist_ok=True)
-        draft = target.with_name(f".{target.name}.{os.getpid()}")
-        draft.write_bytes(content)
-        os.replace(draft, target)
+    try:
+        for name, content in files.items():
+            path = Path(name)
+            target = cache.joinpath(*path.parts[1:])
+            if path.parts[0] != KERNELS or target.exists():
+                continue
+            target.parent.mkdir(parents=True, exist_ok=True)
+            draft = target.with_name(f".{target.name}.{os.getpid()}")
+            draft.write_bytes(content)
+            os.replace(draft, target)
+    except OSError as error:
+        raise MmoptError(
+            f"the kernels of the store cannot be written to {cache}, Inductor's cache: "
+            f"{error.strerror}. Make it writable, or set TORCHINDUCTOR_CACHE_DIR to a folder that "
+            "is."
+        ) from error
 
 
 def _pickled(graph: StoredGraph, model: nn.Module) -> bytes:
@@ -363,7 +380,7 @@ def _pickled(graph: StoredGraph, model: nn.Module) -> bytes:
     # Whatever the model's own objects raise when they are pickled.
     except Exception as error:
         raise InputError(
-            f"the graph of {type(model).__name__} cannot be stored: {_one_line(error)} "
+            f"the graph of {type(model).__name__} cannot be stored ({one_line(error)}). "
             "Use mmopt.compile without a store."
         ) from error
     return content
@@ -403,11 +420,6 @@ _BUILD = (
 def _python_path() -> str:
     """For a child that must import what this process can."""
     return os.pathsep.join(path or os.getcwd() for path in sys.path)
-
-
-def _config(model: Any) -> Any:
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return getattr(base, "config", None)
 
 
 def _device_of(model: nn.Module) -> torch.device:
@@ -458,8 +470,3 @@ def _version_of(package: str) -> str | None:
 
 def _class_name(model: nn.Module) -> str:
     return f"{type(model).__module__}.{type(model).__qualname__}"
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())[:300]
-    return text if text.endswith(".") else f"{text}."

@@ -34,7 +34,7 @@ def load_compiled(
         InputError: not a store, not trusted, changed, or made for another version, machine, model
             or state; says which.
     """
-    store = open_store(Path(folder), sha256=sha256)
+    store = open_store(Path(folder), digest=sha256)
     if model is None:
         if store.record["source"] is None:
             raise InputError(

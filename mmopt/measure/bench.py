@@ -28,7 +28,7 @@ from mmopt_export.checkpoint import load_checkpoint
 from mmopt_export.manifest import MANIFEST_NAME
 from mmopt_export.progress import Progress, silent
 from mmopt_export.runtime import MODEL_NAME, Runner
-from mmopt_kernels.errors import InputError, MmoptError
+from mmopt_kernels.errors import InputError, MmoptError, one_line
 
 CHECKPOINT_BACKENDS = ("eager", "compile", "mmopt")
 ARTIFACT_BACKENDS = ("ort",)
@@ -389,7 +389,7 @@ def _measure(
     except RuntimeError as error:  # torch: out of memory, or no working compiler
         raise MmoptError(
             f"bench: batch {point.batch}, {point.length} tokens could not run "
-            f"({' '.join(str(error).split())[:300]}). If memory ran out, pass a smaller grid; if "
+            f"({one_line(error)}). If memory ran out, pass a smaller grid; if "
             "torch.compile failed, check `mmopt doctor` or leave its --backends out."
         ) from error
     return [

@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity
 from mmopt.measure._profiler import quiet_profile
 from mmopt.measure.timers import TIMERS
 from mmopt.measure.timing import Sampler, Timer, WallTimer, no_garbage_collection
-from mmopt_kernels.errors import InputError, MmoptError
+from mmopt_kernels.errors import InputError, MmoptError, one_line
 
 # Bytes written before each replay, in L2 caches: what is dirty in the cache counts as well, so one
 # would do; twice leaves no line to a cache that is hashed unevenly. At least the second figure, so
@@ -177,7 +177,7 @@ def _capture(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
     except RuntimeError as error:
         raise MmoptError(
             f"timing: the call cannot be captured as a CUDA graph "
-            f"({' '.join(str(error).split())[:300]}). It may read a value of the GPU on the host, "
+            f"({one_line(error)}). It may read a value of the GPU on the host, "
             "or allocate outside torch. Use the timer kernel-only or host-inclusive."
         ) from error
     # PyTorch's CUDAGraph.cpp warns so; the time of a graph without nodes would be no time at all.

@@ -2,9 +2,9 @@
 
 import re
 
+import families
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch._inductor.utils import run_and_get_code
 from transformers import (
@@ -19,6 +19,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 import mmopt
 from mmopt.attach.attention import interval_mask
+from mmopt.attach.optimize import transformers_model
 from mmopt.compilation import parity
 from mmopt.compilation.inputs import example_batch
 from mmopt_kernels.errors import CheckFailedError, InputError
@@ -44,17 +45,11 @@ def llama():
 
 
 def with_adapter(model):
-    model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.2)
-    return model.eval()
+    return families.with_adapter(model).eval()
 
 
 def batch_of(model, length, *, rows=3):
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return example_batch(base, batch=rows, length=length, train=True)
+    return example_batch(transformers_model(model), batch=rows, length=length, train=True)
 
 
 @pytest.mark.parametrize("factory", [bert, llama], ids=["bert", "llama-gqa"])

@@ -7,13 +7,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import families
 import pytest
 import torch
 import transformers as hf
 import typer
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
-from torch._dynamo.backends.debugging import aot_eager
 from transformers.models.bert.modeling_bert import BertPooler
 from typer.testing import CliRunner
 
@@ -42,12 +42,6 @@ def short_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Times are not asked for here; graphs of earlier tests count towards Dynamo's limit."""
     monkeypatch.setattr(timing, "WARM_UP_MOST_SECONDS", 0.01)
     torch._dynamo.reset()
-
-
-@pytest.fixture
-def without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Graphs are captured and differentiated as always, then run as they are."""
-    monkeypatch.setattr("mmopt.compilation.model.compile_fx", aot_eager)
 
 
 @pytest.fixture(scope="module")
@@ -503,38 +497,14 @@ def test_a_fused_loss_is_held_against_eager_without_logits(llama: tuple[Path, Pa
 @pytest.mark.slow
 def test_images_and_speech_are_made_up_and_hold(tmp_path: Path) -> None:
     """A vision tower and a speech model; rates are of images, and of seconds of speech."""
-    sizes = {
-        "hidden_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "intermediate_size": 16,
-    }
-    config = hf.ViTConfig(**sizes, image_size=16, patch_size=8, num_labels=3)
-    hf.ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
+    families.vit(**families.ONE).save_pretrained(tmp_path / "vit")
     found = document(run(tmp_path / "vit", "--mode", "train", "--json"))
     assert found["step_images"] == 2
     assert all(rate > 0 for rate in found["images_per_second"].values())
-    whisper = hf.WhisperConfig(
-        vocab_size=70,
-        d_model=16,
-        encoder_layers=1,
-        decoder_layers=1,
-        encoder_attention_heads=2,
-        decoder_attention_heads=2,
-        encoder_ffn_dim=16,
-        decoder_ffn_dim=16,
-        num_mel_bins=8,
-        max_source_positions=50,
-        max_target_positions=20,
-        pad_token_id=0,
-        bos_token_id=2,
-        eos_token_id=3,
-        decoder_start_token_id=2,
-    )
-    hf.WhisperForConditionalGeneration(whisper).save_pretrained(tmp_path / "whisper")
+    families.whisper(encoder_layers=1, decoder_layers=1).save_pretrained(tmp_path / "whisper")
     for mode in ("infer", "train"):
         found = document(run(tmp_path / "whisper", "--mode", mode, "--json"))
-        assert found["step_audio_seconds"] == pytest.approx(2.0)
+        assert found["step_audio_seconds"] == pytest.approx(2 * 40 * 160 / 16000)  # rows, frames
 
 
 @pytest.mark.slow

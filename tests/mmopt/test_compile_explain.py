@@ -14,7 +14,6 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from torch._dynamo.backends.debugging import aot_eager
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
@@ -27,10 +26,13 @@ RECURRENT = nn.LSTM(4, 4)
 LOGGER = logging.getLogger("a model")
 
 
+# What Dynamo says does not depend on what lowers its graphs.
+pytestmark = pytest.mark.usefixtures("without_inductor")
+
+
 @pytest.fixture(autouse=True)
-def lowered_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What Dynamo says does not depend on what lowers its graphs."""
-    monkeypatch.setattr("mmopt.compilation.model.compile_fx", aot_eager)
+def fresh_dynamo() -> None:
+    """Other tests' graphs are not this one's recompiles."""
     torch._dynamo.reset()
 
 

@@ -35,14 +35,13 @@ FILES = ("mmopt/attach/attention.py", "mmopt/attach/lora.py", "peft/tuners/lora/
 FUSED = {"mmopt/attach/attention.py", "mmopt/attach/lora.py"}
 
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
 @pytest.fixture(autouse=True)
-def fresh():
-    """Without graphs of other tests; one thread, because the sizes are tiny."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def fresh_dynamo():
+    """Other tests' graphs are not this one's recompiles."""
     torch._dynamo.reset()
-    yield
-    torch.set_num_threads(threads)
 
 
 def lowered(name, first, second):

@@ -10,7 +10,6 @@ import pytest
 import torch
 from families import FAMILIES
 from torch import nn
-from torch._dynamo.backends.debugging import aot_eager
 from torch.nn.functional import ctc_loss, log_softmax
 from transformers.loss.loss_utils import ForCTCLoss
 
@@ -20,28 +19,13 @@ from mmopt.compilation.model import loss_of, tensors_of
 from mmopt.compilation.parity import compare, gradients
 from mmopt_kernels.errors import InputError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture(autouse=True)
 def fresh_dynamo():
     """Other tests' graphs are not this one's recompiles."""
     torch._dynamo.reset()
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The sizes are tiny: a second thread only waits, for long where tests run side by side."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def without_inductor(monkeypatch):
-    """Dynamo and AOTAutograd make the graphs of Inductor; they run as they are, op by op."""
-    monkeypatch.setattr(
-        "mmopt.compilation.model.compile_fx", lambda graph, inputs: aot_eager(graph, inputs)
-    )
 
 
 def trained(family, adapter):

@@ -32,13 +32,7 @@ ROWS, LENGTH, WIDTH = 3, 5, 64
 BF16 = torch.bfloat16
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The sizes are tiny: a second thread only waits, for long where tests run side by side."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Net(nn.Module):

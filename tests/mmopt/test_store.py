@@ -1,16 +1,17 @@
 """A stored graph: what a fresh process takes from it, and what it refuses to take."""
 
+import copy
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import families
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 import mmopt
 from mmopt.compilation import store as stores
@@ -19,31 +20,19 @@ from mmopt.compilation.state import ModelState, describe
 from mmopt.compilation.trust import key_file
 from mmopt_kernels.errors import CheckFailedError, InputError, MmoptError
 
-SIZES = {
-    "vocab_size": 99,
-    "hidden_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "intermediate_size": 48,
-}
 
-
-def classifier(*, rank=4, seed=0):
+def classifier(*, seed=0, **lora):
     torch.manual_seed(seed)
-    base = BertForSequenceClassification(BertConfig(**SIZES, num_labels=3))
-    return adapted(base, rank).eval()
+    return optimized(families.bert(**families.ONE), **lora).eval()
 
 
 def decoder():
     torch.manual_seed(0)
-    return adapted(LlamaForCausalLM(LlamaConfig(**SIZES, attention_dropout=0.1)), 4).train()
+    return optimized(families.llama(**families.ONE, attention_dropout=0.1)).train()
 
 
-def adapted(base, rank):
-    model = get_peft_model(base, LoraConfig(r=rank, target_modules="all-linear"))
-    for name, parameter in model.named_parameters():
-        if ".lora_B." in name:
-            torch.nn.init.normal_(parameter, std=0.2)
+def optimized(base, **lora):
+    model = families.with_adapter(base, **lora)
     mmopt.optimize(model)
     return model
 
@@ -77,7 +66,7 @@ def stored(home, tmp_path_factory):
 
 
 @pytest.fixture
-def copy(stored, tmp_path):
+def copied(stored, tmp_path):
     """A copy to spoil."""
     return shutil.copytree(stored[0], tmp_path / "copy")
 
@@ -164,9 +153,60 @@ def test_a_call_that_the_graph_does_not_fit_is_compiled_and_counted(stored, monk
     handle = model.base_model.model.bert.register_forward_hook(lambda *_: None)
     compiled(**tokens(9))
     handle.remove()
-    assert "_forward_hooks is collections.OrderedDict of" in compiled.recompiles[1].reason
+    assert re.search(
+        r"_forward_hooks is collections.OrderedDict of \d+, was collections.OrderedDict of nothing",
+        compiled.recompiles[1].reason,
+    )
     compiled(**{**tokens(9), "attention_mask": torch.ones(3, 9)})
     assert "a dtype, size or mode of torch" in compiled.recompiles[2].reason
+
+
+@torch.no_grad()
+def test_what_is_changed_in_place_or_replaced_is_seen(stored):
+    """The same object afterwards, so that what it was has to be remembered in words."""
+    model = classifier()
+    graph = mmopt.load_compiled(stored[0], model)._stored
+    layer = model.base_model.model.bert.encoder.layer[0].attention.output.dense
+    assert graph.mismatch(model, tokens(9)) is None
+
+    layer.base_layer.weight.requires_grad_(True)
+    reason = graph.mismatch(model, tokens(9))
+    assert re.search(r"weight is torch.float32 .*, trained, was torch.float32 [^t]*$", reason)
+    layer.base_layer.weight.requires_grad_(False)
+
+    norm = model.base_model.model.bert.encoder.layer[0].output.LayerNorm
+    norm.forward = lambda x: x
+    assert "LayerNorm with a forward of its own, was" in graph.mismatch(model, tokens(9))
+    with pytest.raises(InputError, match="LayerNorm with a forward of its own, was"):
+        mmopt.load_compiled(stored[0], model)
+    del norm.forward
+    assert graph.mismatch(model, tokens(9)) is None
+
+    model.base_model.model.bert.encoder.layer[0].output.LayerNorm = copy.deepcopy(norm)
+    assert graph.mismatch(model, tokens(9)).endswith("LayerNorm was replaced")
+
+
+def test_an_argument_that_was_none_is_not_a_tensor_later():
+    names = ["arguments", "arguments['ids']", "arguments['labels']"]
+    model = classifier()
+    state = ModelState.of(names, {}, model, {"ids": torch.ones(2, 3), "labels": None})
+    state.watch(model)
+    assert state.changed({"ids": torch.zeros(4, 5), "labels": None}) is None
+    given = {"ids": torch.ones(2, 3), "labels": torch.ones(2)}
+    assert state.changed(given) == "arguments['labels'] is a tensor, was None"
+    assert state.changed({"ids": None, "labels": None}) == "arguments['ids'] is None, was a tensor"
+
+
+def test_a_cache_that_cannot_be_written_could_not_run(stored, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(
+        "torch._inductor.runtime.cache_dir_utils.cache_dir", lambda: tmp_path / "file"
+    )
+    with pytest.raises(
+        MmoptError, match=r"cannot be written to .*file, Inductor's cache"
+    ) as caught:
+        mmopt.load_compiled(stored[0], classifier())
+    assert caught.value.exit_code == 3
 
 
 @pytest.mark.parametrize(
@@ -186,13 +226,13 @@ def test_a_call_that_the_graph_does_not_fit_is_compiled_and_counted(stored, monk
     ],
 )
 def test_a_spoiled_store_is_refused_before_anything_in_it_is_opened(
-    copy, spoil, message, monkeypatch
+    copied, spoil, message, monkeypatch
 ):
     monkeypatch.setattr(stores, "load_function", lambda _content: pytest.fail("was unpickled"))
     monkeypatch.setattr(stores, "place_kernels", lambda _files: pytest.fail("was written"))
-    spoil(copy)
+    spoil(copied)
     with pytest.raises(InputError, match=message):
-        mmopt.load_compiled(copy, classifier())
+        mmopt.load_compiled(copied, classifier())
 
 
 def test_a_stranger_needs_the_sha256(stored, tmp_path, monkeypatch):
@@ -241,15 +281,15 @@ def rewritten(folder, change):
         (lambda record: record.update({"model": {"class": "x.Y", "tensors": ""}}), "for a x.Y"),
     ],
 )
-def test_another_version_device_or_source_is_refused_with_the_reason(copy, change, message):
+def test_another_version_device_or_source_is_refused_with_the_reason(copied, change, message):
     with pytest.raises(InputError, match=message):
-        mmopt.load_compiled(rewritten(copy, change), classifier())
+        mmopt.load_compiled(rewritten(copied, change), classifier())
 
 
 def test_another_model_or_state_is_refused_with_the_reason(stored):
     folder = stored[0]
     with pytest.raises(InputError, match="with other parameters"):
-        mmopt.load_compiled(folder, classifier(rank=2))
+        mmopt.load_compiled(folder, classifier(r=2))
     with pytest.raises(InputError, match=r"another state: model.*training is True, was False"):
         mmopt.load_compiled(folder, classifier().train())
     plain = classifier()
@@ -260,6 +300,7 @@ def test_another_model_or_state_is_refused_with_the_reason(stored):
         mmopt.load_compiled(folder)
 
 
+@pytest.mark.usefixtures("without_inductor")
 def test_a_store_appears_whole_or_not_at_all(home, tmp_path, monkeypatch):
     model = classifier()
     compiled = mmopt.CompiledModel(model, mode="infer", dynamic=True)
@@ -268,8 +309,6 @@ def test_a_store_appears_whole_or_not_at_all(home, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="not empty"):
         compiled.save(tmp_path / "full", tokens(12))
 
-    lowering = torch._dynamo.backends.debugging.aot_eager
-    monkeypatch.setattr("mmopt.compilation.model.compile_fx", lowering)
     wrong = stores.StoredGraph(None, ModelState({}, {}), (), {})
     monkeypatch.setattr("mmopt.compilation.model.capture", lambda *_args, **_options: wrong)
     monkeypatch.setattr(
@@ -318,7 +357,7 @@ def test_facts_are_the_same_in_every_process_and_skip_what_leads_nowhere():
         "G['__import_math'].pi": "3.141592653589793",
     }
     assert state.difference(classifier()) is None
-    assert state.difference(classifier(rank=2)) == (
+    assert state.difference(classifier(r=2)) == (
         "model.base_model.peft_config['default'].r is 2, was 4"
     )
     assert describe(torch.zeros(2, 3, requires_grad=True)) == "torch.float32 [2, 3] on cpu, trained"

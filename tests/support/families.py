@@ -315,11 +315,11 @@ FAMILIES = {
 }
 
 
-def with_adapter(model: Any) -> Any:
+def with_adapter(model: Any, *, r: int = 4) -> Any:
     """The model with a LoRA adapter, whose B is not zero, on every linear layer."""
     from peft import LoraConfig, get_peft_model
 
-    adapted = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
+    adapted = get_peft_model(model, LoraConfig(r=r, target_modules="all-linear"))
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:

@@ -8,7 +8,7 @@ from typing import Any
 
 from mmopt.measure.kernels.rules import Problem, shown_matrix
 from mmopt.measure.suites.files import write_text
-from mmopt_kernels.errors import InputError
+from mmopt_kernels.errors import InputError, one_line
 from mmopt_kernels.inspection import Inspection, KernelFigures
 
 SCHEMA_VERSION = 1
@@ -138,7 +138,7 @@ def read_baseline(path: Path) -> Baseline:
         ) from None
     except (OSError, ValueError) as error:
         raise InputError(
-            f"{path} cannot be read as JSON ({' '.join(str(error).split())}), expected the "
+            f"{path} cannot be read as JSON ({one_line(error)}), expected the "
             "recorded kernels. Restore it from version control, or record it anew."
         ) from error
     if not isinstance(document, dict) or document.get("schema") != SCHEMA_VERSION:

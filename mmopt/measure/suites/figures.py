@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from mmopt.measure.suites.files import write_json
-from mmopt_kernels.errors import InputError
+from mmopt_kernels.errors import InputError, one_line
 
 SCHEMA_VERSION = 1
 
@@ -113,7 +113,7 @@ def read_document(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} does not exist, expected a file of exact figures.") from None
     except (OSError, ValueError) as error:
         raise InputError(
-            f"{path} cannot be read as JSON ({' '.join(str(error).split())}), expected a file of "
+            f"{path} cannot be read as JSON ({one_line(error)}), expected a file of "
             "exact figures. Restore it from version control, or record it anew."
         ) from error
     if not isinstance(document, dict) or not isinstance(document.get("figures"), dict):

@@ -6,23 +6,32 @@ code. A folder that `mmopt train` wrote carries `mmopt-train.json`, which is che
 
 import inspect
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 
+from mmopt_export.adapters.spec import AdapterSpec
 from mmopt_export.files import sha256, sha256_of_all
+from mmopt_export.siglip_tokenizer import is_siglip_tokenizer, siglip_tokenizer
+from mmopt_export.weights import QuantizedTensor, StoredTensor, dequantized, stored_tensors
 from mmopt_kernels.errors import InputError, MmoptError, one_line
+
+if TYPE_CHECKING:
+    from mmopt_export.adapters.swap import Swap
 
 TRAIN_RECORD = "mmopt-train.json"
 """Written by `mmopt train` beside an adapter: the base it was trained on and its files' hashes."""
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
+
+Adapt = Literal["attach", "merge", "swap"]
+Weights = Mapping[str, StoredTensor | QuantizedTensor]
 
 
 @dataclass(frozen=True)
@@ -30,11 +39,18 @@ class Checkpoint:
     """A loaded model and where it came from.
 
     Attributes:
-        model: a `PreTrainedModel`, or a `PeftModel` when there are adapters; eval mode, CPU.
-        tokenizer: of the adapter's folder, else of the model's; None when neither has one.
+        model: a `PreTrainedModel`, or a `PeftModel` with an attached adapter; eval mode, CPU.
+        tokenizer: of the first adapter's folder that has one, else of the model's; None when
+            neither has one.
         source: the model as the caller named it.
         base_sha256: over the base's weight files.
-        adapters: the adapters' folders.
+        adapters: the adapters' folders, in the order given.
+        records: for the manifest, one per merged adapter: `path`, `sha256`, `method`, `weight`,
+            `scale` by module, and `whole`, the base's parameters that it replaces.
+        quantized: what the base was dequantized from, such as `{"method": "nf4", "blocksize": 64,
+            "double": True, "dtype": "bfloat16", "weights": 14}`; None for a base that was not.
+        warnings: what the caller should tell the user.
+        swap: the adapters as arrays beside a model that takes them as inputs; None unless asked.
     """
 
     model: Any
@@ -42,46 +58,90 @@ class Checkpoint:
     source: str
     base_sha256: str
     adapters: tuple[Path, ...]
+    records: tuple[dict[str, Any], ...] = ()
+    quantized: dict[str, Any] | None = None
+    warnings: tuple[str, ...] = ()
+    swap: "Swap | None" = None
 
 
 def load_checkpoint(
-    model: str, *, adapters: Sequence[str] = (), dtype: torch.dtype = torch.float32
+    model: str,
+    *,
+    adapters: Sequence[str | AdapterSpec] = (),
+    adapt: Adapt = "attach",
+    dtype: torch.dtype = torch.float32,
 ) -> Checkpoint:
-    """Load `model` with its own architecture and weights, and at most one LoRA adapter on it.
+    """Load `model` with its own architecture and weights, and its adapters.
 
     An adapter folder with a `config.json` (as `mmopt train` writes it) decides the head: its
     architecture and labels.
 
     Args:
         model: a local folder or a hub id.
-        adapters: PEFT adapter folders or hub ids.
+        adapters: PEFT adapter folders or hub ids, each with a weight where it is not 1.
+        adapt: what becomes of the adapters. `"attach"`: one LoRA on the model, which becomes a
+            `PeftModel`; a quantized base stays quantized. `"merge"`: added to the weights in fp32.
+            `"swap"`: LoRAs kept beside the model, whose target layers take them as inputs. For
+            the last two a quantized base is dequantized first.
         dtype: of the weights, those of the adapter too; transformers keeps in fp32 what an
-            architecture declares so.
+            architecture declares so. Merging is in fp32 all the same, and cast at the end.
 
     Raises:
-        InputError: not a model, damaged weights, weights missing, an adapter of another base.
+        InputError: not a model, damaged weights, weights missing, an adapter of another base, or
+            one that cannot be merged or swapped.
+        CheckFailedError: merged weights that are not finite.
         MmoptError: a hub id that cannot be reached (exit 3).
     """
-    if len(adapters) > 1:
+    if adapt not in get_args(Adapt):
+        raise InputError(f"adapt is {adapt!r}, expected one of {', '.join(get_args(Adapt))}.")
+    specs = [AdapterSpec(one) if isinstance(one, str) else one for one in adapters]
+    if adapt == "attach" and (len(specs) > 1 or any(spec.weight != 1 for spec in specs)):
         raise InputError(
-            f"{len(adapters)} adapters were given, expected at most one. "
-            "Merge them into one with PEFT's add_weighted_adapter first."
+            f"{len(specs)} adapters with the weights {', '.join(str(s.weight) for s in specs)} "
+            "were given, expected at most one, of weight 1: several are merged by `mmopt export`, "
+            "not attached."
         )
     base_folder = resolve(model)
-    adapter_folders = tuple(resolve(adapter, config="adapter_config.json") for adapter in adapters)
-    for folder in adapter_folders:
+    folders = tuple(resolve(spec.path, config="adapter_config.json") for spec in specs)
+    for folder in folders:
         check_train_record(folder, base_folder)
     config_folder = next(
-        (folder for folder in adapter_folders if (folder / "config.json").is_file()), base_folder
+        (folder for folder in folders if (folder / "config.json").is_file()), base_folder
     )
-    base, missing = load_base(base_folder, config=load_config(config_folder), dtype=dtype)
-    if adapter_folders:
-        from mmopt_export.adapters import attach_adapter
+    config, notes = _base_config(base_folder, config_folder)
+    stays_quantized = adapt == "attach" and hasattr(config, "quantization_config")
+    weights, quantized = None, None
+    if not stays_quantized:
+        weights, quantized = read_weights(base_folder, config)
+    encoder = _sentence_encoder(base_folder, config) if config_folder == base_folder else None
+    base, missing = load_base(
+        base_folder,
+        config=config,
+        architecture=encoder,
+        dtype=torch.float32 if adapt == "merge" and specs else dtype,
+        weights=weights,
+    )
+    if encoder is not None:  # of which the hidden states are used
+        missing = [name for name in missing if not name.startswith("pooler.")]
+    loaded, swap = base, None
+    records: tuple[dict[str, Any], ...] = ()
+    if specs:
+        from mmopt_export.adapters.attach import attach_adapter
+        from mmopt_export.adapters.merge import merge_adapters
+        from mmopt_export.adapters.swap import make_swappable
 
-        loaded, provided = attach_adapter(base, adapter_folders[0])
+        if adapt == "attach":
+            attached = attach_adapter(base, folders[0], only="LORA")
+            loaded, provided, new = attached.model, attached.whole, attached.warnings
+        elif adapt == "merge":
+            merged = merge_adapters(base, _pairs(specs, folders), absent=missing)
+            loaded, provided, new = merged.model.to(dtype), merged.whole, merged.warnings
+            records = merged.records
+        else:
+            swap = make_swappable(base, _pairs(specs, folders))
+            loaded, provided, new = swap.model, set[str](), swap.warnings
+        notes = [*notes, *new]
         missing = [name for name in missing if name not in provided]
-    else:
-        loaded = base
     if missing:
         raise InputError(
             f"{model} has no weights for {_first(missing)}, expected a complete "
@@ -90,10 +150,14 @@ def load_checkpoint(
         )
     return Checkpoint(
         model=loaded.eval(),
-        tokenizer=load_tokenizer(*adapter_folders, base_folder),
+        tokenizer=load_tokenizer(*folders, base_folder),
         source=model,
         base_sha256=weights_sha256(base_folder),
-        adapters=adapter_folders,
+        adapters=folders,
+        records=records,
+        quantized=quantized,
+        warnings=tuple(notes),
+        swap=swap,
     )
 
 
@@ -148,18 +212,45 @@ def load_config(folder: Path) -> Any:
         ) from error
 
 
+def read_weights(folder: Path, config: Any) -> tuple[Weights, dict[str, Any] | None]:
+    """The tensors of a model folder, read when they are needed and dequantized where quantized.
+
+    Args:
+        config: of the model; its `quantization_config` is taken off, since it no longer holds.
+
+    Returns:
+        The tensors by key, and what they were quantized with, if they were.
+
+    Raises:
+        InputError: damaged weights, or quantized with another method than bitsandbytes.
+    """
+    check_weights(folder)
+    tensors = stored_tensors(_model_files(folder))
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is None:
+        return tensors, None
+    del config.quantization_config
+    settings = quantization if isinstance(quantization, dict) else quantization.to_dict()
+    return dequantized(tensors, str(settings.get("quant_method")))
+
+
 def load_base(
     folder: Path,
     *,
     config: Any,
     architecture: str | None = None,
     dtype: torch.dtype = torch.float32,
+    weights: Weights | None = None,
 ) -> tuple[Any, list[str]]:
     """Load the weights of `folder` into `config`'s architecture, on the CPU.
+
+    Each tensor is read and converted by itself, so that memory holds the model once.
 
     Args:
         architecture: the class to build; the first of `config.architectures` by default.
         dtype: of the weights.
+        weights: what `read_weights` gave for the folder; by default read here, and a quantized
+            model stays quantized.
 
     Returns:
         The model, and the names of its parameters that the folder has no weights for.
@@ -176,17 +267,25 @@ def load_base(
             f"of transformers {transformers.__version__}."
         )
     check_weights(folder)
+    if weights is None and not hasattr(config, "quantization_config"):
+        weights = stored_tensors(_model_files(folder))
     try:
         with quiet_transformers():
-            model, info = model_class.from_pretrained(
-                folder, config=config, dtype=dtype, output_loading_info=True
-            )
+            if weights is None:
+                model, info = model_class.from_pretrained(
+                    folder, config=config, dtype=dtype, output_loading_info=True
+                )
+            else:
+                model, info = model_class.from_pretrained(
+                    None, config=config, dtype=dtype, state_dict=weights, output_loading_info=True
+                )
+                _name(model, folder)
+    except InputError:
+        raise
     except (RuntimeError, ValueError, OSError, SafetensorError) as error:
         raise InputError(f"the weights in {folder} do not fit {name}: {one_line(error)}") from error
-    broken = [
-        key for key, value in model.state_dict().items() if not bool(torch.isfinite(value).all())
-    ]
     missing = sorted(info["missing_keys"])
+    broken = [key for key, value in model.state_dict().items() if not finite(value)]
     if broken := [key for key in broken if key not in missing]:
         raise InputError(
             f"the weights in {folder} hold NaN or Inf in {_first(broken)}. "
@@ -195,8 +294,86 @@ def load_base(
     return model, missing
 
 
+def _name(model: Any, folder: Path) -> None:
+    """Give a model that was built from tensors what loading a folder gives it besides them."""
+    model.name_or_path = model.config.name_or_path = str(folder)
+    if not model.can_generate():
+        return
+    config = transformers.GenerationConfig
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = config.from_pretrained(folder)
+    else:  # older models keep the settings of generation in config.json
+        model.generation_config = config.from_pretrained(
+            folder, "config.json", _from_model_config=True
+        )
+
+
+def _base_config(base: Path, chosen: Path) -> tuple[Any, list[str]]:
+    """The config of `chosen`, with the quantization of the base's weights and no other."""
+    config, own = load_config(chosen), load_config(base)
+    notes = []
+    if hasattr(own, "quantization_config"):
+        config.quantization_config = own.quantization_config
+    elif hasattr(config, "quantization_config"):
+        notes.append(
+            f"{chosen} was trained on a quantized base, but {base} is not quantized: the merged "
+            "model differs by the error of that quantization. Pass the quantized model to merge "
+            "onto what the adapter saw."
+        )
+        del config.quantization_config
+    return config, notes
+
+
+def _sentence_encoder(folder: Path, config: Any) -> str | None:
+    """The architecture of a sentence-transformers encoder of texts; None for another model.
+
+    Its config often still names that of the checkpoint it was made from, with a head for masked
+    tokens that has no weights.
+    """
+    path = folder / "modules.json"
+    named = next(iter(config.architectures or ()), "")
+    if not path.is_file() or not named.endswith(("Model", "ForMaskedLM")):
+        return None
+    try:
+        kinds = [str(one["type"]).rsplit(".", 1)[-1] for one in json.loads(path.read_bytes())]
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{path} is damaged: {error!r}. Download the model again.") from error
+    if "Pooling" not in kinds or type(config) not in transformers.MODEL_MAPPING:
+        return None
+    return str(transformers.MODEL_MAPPING[type(config)].__name__)
+
+
+def _pairs(specs: Sequence[AdapterSpec], folders: Sequence[Path]) -> list[tuple[AdapterSpec, Path]]:
+    return list(zip(specs, folders, strict=True))
+
+
+def finite(value: torch.Tensor) -> bool:
+    """Whether no value is NaN or Inf, without a temporary of the tensor's size."""
+    if not value.is_floating_point() or value.numel() == 0:
+        return True
+    if value.element_size() < 2:  # fp8 has no aminmax
+        value = value.float()
+    return all(bool(torch.isfinite(bound)) for bound in torch.aminmax(value))
+
+
+def _model_files(folder: Path) -> list[Path]:
+    """The files that hold the model, which need not be every safetensors file of the folder."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if index.is_file():
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        return [folder / name for name in sorted(set(names))]
+    if (folder / "adapter_config.json").is_file():
+        raise InputError(f"{folder} is an adapter. Pass its base as MODEL and it as --adapter.")
+    raise InputError(
+        f"{folder} has neither model.safetensors nor model.safetensors.index.json, only "
+        f"{_first([path.name for path in weight_files(folder)])}. Pass a complete model folder."
+    )
+
+
 def load_tokenizer(*folders: Path) -> Any:
-    """The fast tokenizer of the first folder that has one; None when none has.
+    """The fast tokenizer of the first folder that has one; None when none has one for texts.
 
     Raises:
         InputError: its files are damaged, or it has no fast form.
@@ -205,10 +382,15 @@ def load_tokenizer(*folders: Path) -> Any:
     chosen = next((f for f in folders if any((f / name).is_file() for name in names)), None)
     if chosen is None:
         return None
+    if is_siglip_tokenizer(chosen):
+        return siglip_tokenizer(chosen)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(chosen)
-    except (ValueError, OSError, KeyError) as error:
+    # ImportError: a slow tokenizer whose library, such as sentencepiece, is not there.
+    except (ValueError, OSError, KeyError, ImportError) as error:
         raise InputError(f"{chosen} has no usable tokenizer: {one_line(error)}") from error
+    if isinstance(tokenizer, transformers.Wav2Vec2CTCTokenizer):
+        return None  # the letters that a model hears; there is no text to read
     if not tokenizer.is_fast:
         raise InputError(f"{chosen} has only a slow tokenizer, expected a tokenizer.json.")
     return tokenizer

@@ -2,16 +2,23 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
-from mmopt_export.adapters import adapter_scales, merge_adapter
+from mmopt_export.adapters.attach import adapter_scales
+from mmopt_export.adapters.merge import merge_adapter
+from mmopt_export.adapters.spec import AdapterSpec
 from mmopt_export.checkpoint import TRAIN_RECORD, load_checkpoint, weights_sha256
 from mmopt_export.files import sha256
 from mmopt_kernels.errors import InputError, MmoptError
+from tiny_adapters import save_llama, save_peft
 from tiny_models import save_adapter, save_classifier
 
 
@@ -184,6 +191,215 @@ def test_a_folder_that_is_no_adapter_says_so(classifier: Path) -> None:
         load_checkpoint(str(classifier), adapters=[str(classifier)])
 
 
-def test_two_adapters_are_refused(classifier: Path, adapter: Path) -> None:
-    with pytest.raises(InputError, match="2 adapters were given, expected at most one"):
+def test_two_adapters_are_merged_not_attached(classifier: Path, adapter: Path) -> None:
+    with pytest.raises(InputError, match=r"2 adapters with the weights 1\.0, 1\.0 were given"):
         load_checkpoint(str(classifier), adapters=[str(adapter)] * 2)
+    with pytest.raises(InputError, match="expected at most one, of weight 1"):
+        load_checkpoint(str(classifier), adapters=[AdapterSpec(str(adapter), 0.5)])
+
+
+def test_an_adapter_passed_as_the_model_says_how_to_pass_it(adapter: Path) -> None:
+    with pytest.raises(InputError, match=r"is an adapter\. Pass its base as MODEL and it as --ad"):
+        load_checkpoint(str(adapter))
+
+
+def test_weights_under_another_name_are_refused(model: Path) -> None:
+    (model / "model.safetensors").rename(model / "consolidated.safetensors")
+    with pytest.raises(InputError, match=r"only consolidated\.safetensors\. Pass a complete model"):
+        load_checkpoint(str(model))
+
+
+def test_other_safetensors_in_the_folder_are_not_loaded(model: Path) -> None:
+    expected = load_checkpoint(str(model)).model
+    save_file({"classifier.weight": torch.ones(3, 32)}, model / "consolidated.safetensors")
+    found = load_checkpoint(str(model)).model
+    assert torch.equal(found.classifier.weight, expected.classifier.weight)
+
+
+def test_a_loaded_model_is_what_transformers_loads(tmp_path: Path) -> None:
+    """Parameters, buffers, generation settings and names; from shards, in fp16, tied."""
+    folder = save_llama(tmp_path / "model", tied=True)
+    half = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16)
+    half.generation_config.update(max_new_tokens=7)
+    half.save_pretrained(tmp_path / "half", max_shard_size="10KB")
+    assert len(list((tmp_path / "half").glob("*.safetensors"))) > 2
+    expected = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "half", dtype=torch.float32
+    )
+    found = load_checkpoint(str(tmp_path / "half")).model
+    assert found.generation_config.max_new_tokens == 7
+    assert found.name_or_path == expected.name_or_path
+    assert found.config.to_dict() == expected.config.to_dict()
+    assert found.lm_head.weight is found.model.embed_tokens.weight
+    state, wanted = found.state_dict(), expected.state_dict()
+    assert state.keys() == wanted.keys()
+    for name, value in state.items():
+        assert torch.equal(value, wanted[name]), name
+        assert value.dtype == wanted[name].dtype
+
+
+MEASURE = """
+import sys, torch
+from mmopt_export.checkpoint import load_checkpoint
+def peak():
+    status = open("/proc/self/status").read().split("VmHWM:")[1]
+    return int(status.split()[0]) * 1024
+load_checkpoint(sys.argv[1])  # imports the architecture
+before = peak()
+model = load_checkpoint(sys.argv[2]).model
+print(peak() - before, sum(x.numel() * 4 for x in model.parameters()),
+      max(x.numel() * 4 for x in model.parameters()))
+"""
+
+
+@pytest.mark.slow
+def test_loading_holds_the_weights_once(tmp_path: Path) -> None:
+    """fp16 shards to fp32: not the files as well, which would add half of the weights."""
+    small = save_llama(tmp_path / "small")
+    large = save_llama(
+        tmp_path / "large", hidden_size=512, intermediate_size=1024, num_hidden_layers=12
+    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(large, dtype=torch.float16)
+    shutil.rmtree(large)
+    model.save_pretrained(large, max_shard_size="5MB")
+    del model
+    result = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(small), str(large)], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    peak, weights, largest = map(int, result.stdout.split())
+    assert weights > 100e6
+    # Threads of transformers convert up to four tensors side by side.
+    assert peak < weights + 4 * largest + 16e6, (peak, weights, largest)
+
+
+def quantize(model: Path, folder: Path, **settings: object) -> Path:
+    """Save a model as bitsandbytes quantizes it."""
+    config = transformers.BitsAndBytesConfig(**settings)
+    quantized = transformers.AutoModelForCausalLM.from_pretrained(
+        model, quantization_config=config, device_map="cpu", dtype=torch.bfloat16
+    )
+    quantized.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_llama(
+        tmp_path_factory.mktemp("llama") / "model", hidden_size=64, intermediate_size=96
+    )
+
+
+@pytest.mark.parametrize("double", [False, True], ids=["single", "double"])
+def test_an_adapter_is_merged_onto_its_dequantized_nf4_base(
+    double: bool, llama: Path, tmp_path: Path
+) -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason="quantizes the base")
+    base = quantize(
+        llama,
+        tmp_path / "nf4",
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=double,
+    )
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    adapter = save_peft(llama, tmp_path / "adapter", config)
+    checkpoint = load_checkpoint(str(base), adapters=[str(adapter)], adapt="merge")
+    assert checkpoint.quantized == {
+        "method": "nf4",
+        "blocksize": 64,
+        "double": double,
+        "dtype": "bfloat16",
+        "weights": 14,
+    }
+    assert not hasattr(checkpoint.model.config, "quantization_config")
+    # The oracle is bitsandbytes' own layer, as it ran in training.
+    trained = transformers.AutoModelForCausalLM.from_pretrained(base, device_map="cpu")
+    for layer in (0, 1):
+        for name in ("q_proj", "v_proj"):
+            path = f"model.layers.{layer}.self_attn.{name}"
+            packed = trained.get_submodule(path).weight
+            expected = bitsandbytes.functional.dequantize_4bit(
+                packed.data, packed.quant_state
+            ).float()
+            if name == "q_proj":
+                stored = load_file(adapter / "adapter_model.safetensors")
+                a = stored[f"base_model.model.{path}.lora_A.weight"]
+                b = stored[f"base_model.model.{path}.lora_B.weight"]
+                expected = expected + (b.double() @ a.double() * 2).float()
+            found = checkpoint.model.get_submodule(path).weight
+            torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+            assert found.dtype == torch.float32
+
+
+def test_an_attached_adapter_leaves_its_nf4_base_quantized(llama: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="quantizes the base")
+    base = quantize(llama, tmp_path / "nf4", load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    config = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    adapter = save_peft(llama, tmp_path / "adapter", config)
+    checkpoint = load_checkpoint(str(base), adapters=[str(adapter)])
+    layer = checkpoint.model.get_base_model().model.layers[0].self_attn.q_proj
+    assert type(layer.base_layer).__name__ == "Linear4bit"
+    assert checkpoint.quantized is None
+
+
+def test_an_int8_base_is_dequantized(llama: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="quantizes the base")
+    base = quantize(llama, tmp_path / "int8", load_in_8bit=True)
+    checkpoint = load_checkpoint(str(base), adapt="merge")
+    assert checkpoint.quantized == {"method": "int8", "weights": 14}
+    stored = load_file(base / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj"
+    expected = stored[f"{name}.weight"].double() * stored[f"{name}.SCB"].double()[:, None] / 127
+    found = checkpoint.model.get_parameter(f"{name}.weight").double()
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+
+
+def test_an_fp4_base_is_refused_by_name(llama: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="quantizes the base")
+    base = quantize(llama, tmp_path / "fp4", load_in_4bit=True, bnb_4bit_quant_type="fp4")
+    with pytest.raises(InputError, match=r"proj\.weight is quantized to fp4, expected nf4"):
+        load_checkpoint(str(base), adapt="merge")
+
+
+def edit_config(folder: Path, **values: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def test_another_quantization_is_refused_by_name(llama: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(llama, tmp_path / "gptq"))
+    edit_config(other, quantization_config={"quant_method": "gptq", "bits": 4})
+    with pytest.raises(InputError, match="quantized with gptq, expected bitsandbytes' NF4 or int8"):
+        load_checkpoint(str(other), adapt="merge")
+
+
+def test_a_config_that_claims_a_quantization_is_refused(llama: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(llama, tmp_path / "claims"))
+    edit_config(other, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+    with pytest.raises(InputError, match="says that the model is quantized, but its weights are n"):
+        load_checkpoint(str(other), adapt="merge")
+
+
+def test_damaged_parts_of_a_quantized_weight_are_named(llama: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="quantizes the base")
+    base = quantize(llama, tmp_path / "nf4", load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    tensors = load_file(base / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    del tensors[f"{name}.absmax"]
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"quantized weight model.layers.1.mlp.up_proj.weight is"):
+        load_checkpoint(str(base), adapt="merge")
+
+
+def test_an_adapter_of_a_quantized_base_on_another_one_gives_a_warning(
+    llama: Path, tmp_path: Path
+) -> None:
+    config = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    adapter = save_peft(llama, tmp_path / "adapter", config)
+    shutil.copy(llama / "config.json", adapter)
+    edit_config(adapter, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+    checkpoint = load_checkpoint(str(llama), adapters=[str(adapter)], adapt="merge")
+    (warning,) = checkpoint.warnings
+    assert "was trained on a quantized base, but" in warning
+    assert not hasattr(checkpoint.model.config, "quantization_config")

@@ -1,0 +1,176 @@
+"""`auto`: the narrowest recipe that meets an accuracy budget, with its worst layers wider."""
+
+import math
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmopt_export.quantization.apply import layer_sensitivities, quantize
+from mmopt_export.quantization.measuring import (
+    latency_ms,
+    relative_error,
+    require_samples,
+    run_all,
+)
+from mmopt_export.quantization.recipe import Recipe, with_wider
+from mmopt_export.quantization.storage import Array
+from mmopt_export.runtime import Tensors, open_session
+from mmopt_kernels.errors import InputError, MmoptError
+
+Metric = Callable[[Callable[[Tensors], Tensors]], float]
+"""Scores a function from inputs to outputs; higher is better."""
+
+
+@dataclass(frozen=True)
+class _Tried:
+    recipe: Recipe
+    error: float
+    record: dict[str, Any]
+
+
+def choose(
+    source: Path,
+    output: Path,
+    candidates: Sequence[Recipe],
+    feeds: Sequence[Tensors],
+    expected: Sequence[Mapping[str, Array]] | None,
+    budget: float,
+    *,
+    metric: Metric | None = None,
+    provider: str = "CPUExecutionProvider",
+    threads: int | None = None,
+) -> dict[str, Any]:
+    """Write the first of `candidates` that can be made to meet `budget`.
+
+    A candidate that does not meet it as it is gets more room for its most sensitive matmuls (8
+    bits for 4, floats for int8), as few as possible, found by halving. Where that does not help
+    with half of them, the next candidate is tried. The last one is the answer without meeting
+    anything. Times are reported and decide nothing, so that the choice repeats.
+
+    Args:
+        source: the fp32 graph.
+        output: file to write.
+        candidates: narrowest first; `recipe.candidates` gives a target's.
+        feeds: batches, for quantization and for the error.
+        expected: the outputs of PyTorch for `feeds` by name; None runs `source`.
+        budget: the most that may be lost: of the outputs, relative to them (0.1 is a cosine of
+            about 0.995), or of `metric`, in its own unit.
+        metric: scores a graph by itself, with higher better, such as accuracy.
+        provider: where graphs are run to measure them.
+        threads: for the sessions.
+
+    Returns:
+        The record of `quantize` with what was measured under `auto`: `chosen`, and every trial
+        with its recipe, bytes, milliseconds for the first batch, error, and whether it was taken.
+
+    Raises:
+        InputError: no samples, no candidates, or a budget below zero.
+    """
+    require_samples(feeds, "auto")
+    if not candidates:
+        raise InputError("auto has no candidates, expected at least one recipe.")
+    if not (budget >= 0 and math.isfinite(budget)):
+        raise InputError(f"--max-drop {budget} is no budget, expected zero or more.")
+    search = _Search(source, output.parent, feeds, expected, budget, metric, provider, threads)
+    chosen: _Tried | None = None
+    for recipe in candidates[:-1]:
+        chosen = search.fit(recipe)
+        if chosen is not None:
+            break
+    if chosen is None:
+        chosen = search.try_one(candidates[-1])
+    record = quantize(source, output, chosen.recipe, feeds)
+    chosen.record["chosen"] = True
+    record["auto"] = {
+        "budget": budget,
+        "measure": "relative output error" if metric is None else "drop of the metric",
+        "met": chosen.error <= budget,
+        "trials": search.trials,
+    }
+    return record
+
+
+class _Search:
+    def __init__(
+        self,
+        source: Path,
+        folder: Path,
+        feeds: Sequence[Tensors],
+        expected: Sequence[Mapping[str, Array]] | None,
+        budget: float,
+        metric: Metric | None,
+        provider: str,
+        threads: int | None,
+    ) -> None:
+        self.source, self.folder, self.feeds = source, folder, feeds
+        self.budget, self.metric = budget, metric
+        self.provider, self.threads = provider, threads
+        self.trials: list[dict[str, Any]] = []
+        self.base = 0.0
+        self.expected = expected
+        if expected is None or metric is not None:
+            session = open_session(source, provider=provider, threads=threads)
+            if expected is None:
+                self.expected = run_all(session, feeds)
+            if metric is not None:
+                self.base = metric(lambda batch: run_all(session, [batch])[0])
+
+    def try_one(self, recipe: Recipe) -> _Tried:
+        """Quantize, measure, and note it down."""
+        with tempfile.TemporaryDirectory(dir=self.folder) as scratch:
+            path = Path(scratch) / "trial.onnx"
+            quantize(self.source, path, recipe, self.feeds)
+            size = sum(file.stat().st_size for file in Path(scratch).iterdir())
+            session = open_session(path, provider=self.provider, threads=self.threads)
+            assert self.expected is not None
+            actual = run_all(session, self.feeds)
+            names = set(self.expected[0]) & set(actual[0])
+            error = relative_error(
+                [{name: batch[name] for name in sorted(names)} for batch in self.expected], actual
+            )
+            drop = None
+            if self.metric is not None:
+                drop = self.base - self.metric(lambda batch: run_all(session, [batch])[0])
+            record = {
+                "recipe": recipe.record(),
+                "bytes": size,
+                "milliseconds": latency_ms(session, self.feeds[0]),
+                "relative_error": error if math.isfinite(error) else None,
+                "metric_drop": drop,
+                "chosen": False,
+            }
+        self.trials.append(record)
+        return _Tried(recipe, error if drop is None else drop, record)
+
+    def fit(self, recipe: Recipe) -> _Tried | None:
+        """`recipe` with as few matmuls wider as the budget asks; None where half are too few."""
+        try:
+            plain = self.try_one(recipe)
+        except MmoptError as error:
+            if isinstance(error, InputError):
+                raise
+            # Nothing to quantize: the next one may have.
+            self.trials.append({"recipe": recipe.record(), "failed": str(error), "chosen": False})
+            return None
+        if plain.error <= self.budget:
+            return plain
+        if recipe.method not in ("dynamic", "weights"):
+            return None
+        ratios = layer_sensitivities(self.source, self.folder, recipe, self.feeds)
+        plain.record["sensitivities"] = ratios
+        # Ties go by name, so that the choice repeats.
+        order = sorted(ratios, key=lambda name: (-ratios[name], name))
+        low, high = 0, (len(order) + 1) // 2
+        best = self.try_one(with_wider(recipe, tuple(order[:high])))
+        if best.error > self.budget:
+            return None
+        while high - low > 1:
+            middle = (low + high) // 2
+            trial = self.try_one(with_wider(recipe, tuple(order[:middle])))
+            if trial.error <= self.budget:
+                best, high = trial, middle
+            else:
+                low = middle
+        return best

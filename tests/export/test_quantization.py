@@ -1,0 +1,482 @@
+"""Quantized graphs against fp64 oracles: blocks, int8 matmuls, convolutions, and the files."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from mmopt_export.quantization import Recipe, quantize
+from mmopt_export.quantization import static as static_module
+from mmopt_export.quantization.packing import (
+    half_quadratic,
+    round_to_nearest,
+    second_order,
+    unpack,
+)
+from mmopt_kernels.errors import InputError, MmoptError
+from onnx_files import Arrays, ops, relative, rng, run, write
+
+WEIGHTS4 = Recipe("int4", "weights", bits=4)
+DYNAMIC = Recipe("int8", "dynamic")
+
+
+def matmul(path: Path, k: int = 200, n: int = 24) -> tuple[Path, np.ndarray]:
+    w = rng().standard_normal((k, n), np.float32)
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["y"], "mm")]
+    return write(path, nodes, {"x": ["rows", k]}, ["y"], {"w": w}), w
+
+
+# Blocks.
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+@pytest.mark.parametrize("block", [16, 32, 128])
+@pytest.mark.parametrize(("k", "n"), [(64, 5), (100, 1), (33, 7), (1, 3)])
+def test_onnxruntime_computes_with_the_weights_that_unpack_gives(
+    tmp_path: Path, bits: int, symmetric: bool, block: int, k: int, n: int
+) -> None:
+    source, w = matmul(tmp_path / "fp32.onnx", k, n)
+    recipe = Recipe("int4", "weights", bits=bits, block=block, symmetric=symmetric)
+    quantize(source, tmp_path / "out.onnx", recipe)
+    exact = unpack(round_to_nearest(w, bits, block, symmetric), k, bits, symmetric)
+    x = rng(1).standard_normal((3, k), np.float32)
+    (got,) = run(tmp_path / "out.onnx", {"x": x})
+    np.testing.assert_allclose(got, x.astype(np.float64) @ exact, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+def test_no_weight_is_off_by_more_than_half_a_step(bits: int, symmetric: bool) -> None:
+    w = rng().standard_normal((100, 9)).astype(np.float32)
+    blocks = round_to_nearest(w, bits, 32, symmetric)
+    error = np.abs(unpack(blocks, 100, bits, symmetric) - w)
+    step = np.repeat(np.abs(blocks[1]), 32, axis=1).T[:100]
+    # Symmetric blocks have one value less above zero than below; asymmetric zeros are rounded.
+    assert (error <= step * 1.001).all()
+    assert (error <= step * 0.501).mean() > 0.9
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_weights_on_a_grid_are_kept_exactly(bits: int) -> None:
+    low = -(2 ** (bits - 1))
+    q = rng().integers(low, -low, (64, 6))
+    q[::32] = low
+    w = (q * np.float32(0.125)).astype(np.float32)
+    assert np.array_equal(unpack(round_to_nearest(w, bits, 32, True), 64, bits, True), w)
+
+
+def test_a_block_of_zeros_stays_zero() -> None:
+    w = np.zeros((64, 2), np.float32)
+    for symmetric in (True, False):
+        assert not unpack(round_to_nearest(w, 4, 32, symmetric), 64, 4, symmetric).any()
+    assert not unpack(half_quadratic(w, 4, 32), 64, 4, False).any()
+
+
+def heavy_tailed(k: int, n: int) -> np.ndarray:
+    """Weights like a trained layer's: most small, a few large."""
+    return (rng().standard_t(4, (k, n)) * 0.05).astype(np.float32)
+
+
+def test_hqq_fits_heavy_tailed_weights_better_than_rounding() -> None:
+    w = heavy_tailed(256, 64)
+    # HQQ's own measure, which minds large errors less.
+    errors = [
+        (np.abs(unpack(blocks, 256, 4, False) - w) ** 0.7).mean()
+        for blocks in (half_quadratic(w, 4, 64), round_to_nearest(w, 4, 64, False))
+    ]
+    assert errors[0] < errors[1]
+
+
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+def test_gptq_changes_outputs_less_than_rounding(symmetric: bool) -> None:
+    w = heavy_tailed(100, 32)
+    # Correlated inputs: what one channel rounds, another can make up for.
+    x = rng(1).standard_normal((400, 12)) @ rng(2).standard_normal((12, 100))
+    x += 0.1 * rng(3).standard_normal(x.shape)
+    hessian = (x.T @ x).astype(np.float32)
+    errors = [
+        relative(x @ unpack(blocks, 100, 4, symmetric), x @ w)
+        for blocks in (
+            second_order(w.copy(), hessian, 4, 32, symmetric),
+            round_to_nearest(w, 4, 32, symmetric),
+        )
+    ]
+    assert errors[0] < 0.8 * errors[1]
+
+
+def test_gptq_on_a_graph_reads_its_samples(tmp_path: Path) -> None:
+    source, w = matmul(tmp_path / "fp32.onnx", 100, 16)
+    x = (rng(1).standard_normal((300, 8)) @ rng(2).standard_normal((8, 100))).astype(np.float32)
+    feeds = [{"x": x[:150]}, {"x": x[150:]}]
+    errors = {}
+    for algorithm in ("gptq", "rtn"):
+        recipe = dataclasses.replace(WEIGHTS4, algorithm=algorithm)
+        record = quantize(source, tmp_path / f"{algorithm}.onnx", recipe, feeds)
+        (got,) = run(tmp_path / f"{algorithm}.onnx", {"x": x})
+        errors[algorithm] = relative(got, x @ w)
+        assert (record["samples"] is None) == (algorithm == "rtn")
+    assert errors["gptq"] < errors["rtn"]
+
+
+def tied(path: Path) -> tuple[Path, np.ndarray]:
+    """An embedding table that is the head as well, a transposed weight, and a Gemm."""
+    table = rng().standard_normal((1100, 64), np.float32)
+    weights = {
+        "table": table,
+        "stored_nk": rng(1).standard_normal((64, 64), np.float32),
+        "gemm": rng(2).standard_normal((64, 64), np.float32),
+        "bias": rng(3).standard_normal(64).astype(np.float32),
+    }
+    nodes = [
+        helper.make_node("Gather", ["table", "ids"], ["h0"], "embed"),
+        helper.make_node("Transpose", ["stored_nk"], ["w"], "transpose", perm=[1, 0]),
+        helper.make_node("MatMul", ["h0", "w"], ["h1"], "inner"),
+        helper.make_node("Gemm", ["h1", "gemm", "bias"], ["h2"], "gemm", transB=1),
+        helper.make_node("Transpose", ["table"], ["head_w"], "transpose_head", perm=[1, 0]),
+        helper.make_node("MatMul", ["h2", "head_w"], ["logits"], "head"),
+    ]
+    source = write(path, nodes, {"ids": ["rows"]}, ["logits"], weights, {"ids": TensorProto.INT64})
+    return source, table
+
+
+def test_transposed_and_tied_weights_and_gemms_all_take_blocks(tmp_path: Path) -> None:
+    source, _ = tied(tmp_path / "fp32.onnx")
+    feeds = {"ids": np.arange(0, 1100, 7)}
+    recipe = Recipe("int8", "weights", bits=8)
+    record = quantize(source, tmp_path / "int8.onnx", recipe)
+    assert ops(tmp_path / "int8.onnx") == ["GatherBlockQuantized"] + ["MatMulNBits"] * 3
+    assert record["matmuls"] == 3
+    assert record["embeddings"]["tables"] == ["table"]
+    (expected,), (got,) = run(source, feeds), run(tmp_path / "int8.onnx", feeds)
+    assert 0 < relative(got, expected) < 0.015
+    names = {t.name for t in onnx.load(tmp_path / "int8.onnx").graph.initializer}
+    assert not names & {"table", "stored_nk", "gemm"}, "the fp32 weights are left in the file"
+
+
+def test_a_weight_of_two_matmuls_is_stored_once(tmp_path: Path) -> None:
+    w = rng().standard_normal((64, 64), np.float32)
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["h"], "first"),
+        helper.make_node("MatMul", ["h", "w"], ["y"], "second"),
+    ]
+    source = write(tmp_path / "fp32.onnx", nodes, {"x": ["rows", 64]}, ["y"], {"w": w})
+    quantize(source, tmp_path / "int4.onnx", WEIGHTS4)
+    assert len(onnx.load(tmp_path / "int4.onnx").graph.initializer) == 2
+    x = {"x": rng(1).standard_normal((3, 64), np.float32)}
+    exact = unpack(round_to_nearest(w, 4, 32, True), 64, 4, True)
+    np.testing.assert_allclose(
+        run(tmp_path / "int4.onnx", x)[0], x["x"] @ exact @ exact, rtol=1e-4, atol=1e-3
+    )
+
+
+def test_wide_and_kept_nodes_take_8_bits_and_floats(tmp_path: Path) -> None:
+    source, _ = tied(tmp_path / "fp32.onnx")
+    recipe = dataclasses.replace(WEIGHTS4, wide=("inner",), keep=("head",))
+    record = quantize(source, tmp_path / "out.onnx", recipe)
+    assert record["bits"] == {"4": 1, "8": 1}
+    graph = onnx.load(tmp_path / "out.onnx").graph
+    bits = {
+        node.name: helper.get_node_attr_value(node, "bits")
+        for node in graph.node
+        if node.op_type == "MatMulNBits"
+    }
+    assert bits == {"inner": 8, "gemm": 4}
+    assert [node.op_type for node in graph.node if node.name == "head"] == ["MatMul"]
+
+
+def test_weights_under_fp16_keep_the_types_of_inputs_and_outputs(tmp_path: Path) -> None:
+    source, _ = tied(tmp_path / "fp32.onnx")
+    quantize(source, tmp_path / "out.onnx", dataclasses.replace(WEIGHTS4, floats="fp16"))
+    model = onnx.load(tmp_path / "out.onnx")
+    scales = [t for t in model.graph.initializer if t.name.endswith("_scales_fp16")]
+    assert len(scales) == 4
+    assert all(t.data_type == TensorProto.FLOAT16 for t in scales)
+    feeds = {"ids": np.arange(50)}
+    (got,) = run(tmp_path / "out.onnx", feeds)
+    assert got.dtype == np.float32
+    assert relative(got, run(source, feeds)[0]) < 0.35
+
+
+# int8 at run time.
+
+
+def branches(path: Path) -> Path:
+    """`even = x @ a + c` and `spiked = (x * spikes) @ b`."""
+    k = 200
+    spikes = np.ones(k, np.float32)
+    spikes[7] = 200.0
+    weights = {
+        "a": rng(0).standard_normal((k, 24), np.float32),
+        "b": rng(1).standard_normal((k, 24), np.float32),
+        "c": rng(2).standard_normal(24).astype(np.float32),
+        "spikes": spikes,
+    }
+    nodes = [
+        helper.make_node("MatMul", ["x", "a"], ["product"], "even_matmul"),
+        helper.make_node("Add", ["product", "c"], ["even"], "even_bias"),
+        helper.make_node("Mul", ["x", "spikes"], ["y"], "spike"),
+        helper.make_node("MatMul", ["y", "b"], ["spiked"], "spiked_matmul"),
+    ]
+    return write(path, nodes, {"x": ["rows", k]}, ["even", "spiked"], weights)
+
+
+def uniform(count: int, k: int = 200) -> list[Arrays]:
+    generator = rng(1)
+    return [{"x": generator.uniform(-1, 1, (16, k)).astype(np.float32)} for _ in range(count)]
+
+
+def test_int8_is_what_the_scheme_says(tmp_path: Path) -> None:
+    source, w = matmul(tmp_path / "fp32.onnx")
+    (feeds,) = uniform(1)
+    quantize(source, tmp_path / "int8.onnx", DYNAMIC, [feeds])
+    x = feeds["x"].astype(np.float64)
+    step = (max(x.max(), 0) - min(x.min(), 0)) / 255
+    zero = np.rint(-min(x.min(), 0) / step)
+    xq = np.clip(np.rint(x / step) + zero, 0, 255) - zero
+    w_step = np.abs(w).max(0) / 127
+    wq = np.rint(w / w_step)
+    (got,) = run(tmp_path / "int8.onnx", feeds)
+    np.testing.assert_allclose(got, (xq @ wq) * step * w_step, rtol=1e-3, atol=2e-2)
+
+
+def test_only_a_spiked_input_has_its_outliers_taken_out(tmp_path: Path) -> None:
+    record = quantize(branches(tmp_path / "fp32.onnx"), tmp_path / "int8.onnx", DYNAMIC, uniform(3))
+    assert record["outliers"]["matmuls"] == ["spiked_matmul"]
+    assert 7 in record["outliers"]["channels"]["y"]
+    assert record["matmuls"] == ops(tmp_path / "int8.onnx").count("MatMulInteger") == 2
+    # Nothing else is left behind.
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "fp32.onnx",
+        "fp32.onnx.data",
+        "int8.onnx",
+        "int8.onnx.data",
+    ]
+
+
+def test_without_outliers_the_small_values_beside_a_spike_survive(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, (x,) = branches(tmp_path / "fp32.onnx"), uniform(1)
+    # The spike alone has nearly all of the output: without it, what the others add is left.
+    x["x"][:, 7] = 0.0
+    x["x"][0, 7] = 1.0
+    exact = run(source, x)[1][1:]
+    errors = {}
+    for name, limit in (("split", 0.05), ("whole", np.inf)):
+        monkeypatch.setattr("mmopt_export.quantization.dynamic.MAX_NOISE", limit)
+        quantize(source, tmp_path / f"{name}.onnx", DYNAMIC, [x])
+        errors[name] = relative(run(tmp_path / f"{name}.onnx", x)[1][1:], exact)
+    assert errors["split"] < 0.02 < 0.2 < errors["whole"]
+
+
+def test_onnxruntime_fuses_each_int8_matmul_with_its_bias(tmp_path: Path) -> None:
+    import onnxruntime
+
+    quantize(branches(tmp_path / "fp32.onnx"), tmp_path / "int8.onnx", DYNAMIC, uniform(1))
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    onnxruntime.InferenceSession(
+        tmp_path / "int8.onnx", options, providers=["CPUExecutionProvider"]
+    )
+    optimized = onnx.load(tmp_path / "optimized.onnx").graph.node
+    fused = [node for node in optimized if node.op_type == "DynamicQuantizeMatMul"]
+    assert len(fused) == 2
+    assert "MatMulInteger" not in [node.op_type for node in optimized]
+    assert any("c" in node.input for node in fused), "the bias is added by itself"
+
+
+def encoder_block(path: Path) -> Path:
+    """A packed projection with biases, a skip connection with its norm, and a GELU, all fused."""
+    h, contrib = 32, "com.microsoft"
+    weights: Arrays = {
+        "qkv": rng(0).standard_normal((h, 3 * h), np.float32),
+        "sizes": np.array([h, h, h]),
+        "scale": rng(1).uniform(0.5, 1.5, h).astype(np.float32),
+        "shift": rng(2).standard_normal(h).astype(np.float32),
+        "skip_bias": rng(3).standard_normal(h).astype(np.float32),
+        "gelu_bias": rng(4).standard_normal(h).astype(np.float32),
+        **{f"b{i}": rng(5 + i).standard_normal(h).astype(np.float32) for i in range(3)},
+    }
+    nodes = [
+        helper.make_node("MatMul", ["x", "qkv"], ["packed"], "project"),
+        helper.make_node("Split", ["packed", "sizes"], ["p0", "p1", "p2"], "split", axis=-1),
+        *(helper.make_node("Add", [f"p{i}", f"b{i}"], [f"h{i}"], f"add{i}") for i in range(3)),
+        helper.make_node(
+            "SkipLayerNormalization",
+            ["h0", "h1", "scale", "shift", "skip_bias"],
+            ["normal", "", "", "sum"],
+            "norm",
+            domain=contrib,
+            epsilon=1e-5,
+        ),
+        helper.make_node("BiasGelu", ["h2", "gelu_bias"], ["active"], "gelu", domain=contrib),
+        helper.make_node("Add", ["active", "sum"], ["both"], "both"),
+        helper.make_node("Mul", ["both", "normal"], ["y"], "mul"),
+    ]
+    return write(path, nodes, {"x": ["batch", "sequence", h]}, ["y"], weights)
+
+
+def test_the_cpu_rewrites_change_the_graph_and_not_its_results(tmp_path: Path) -> None:
+    source = encoder_block(tmp_path / "fp32.onnx")
+    x = {"x": rng(9).standard_normal((2, 5, 32), np.float32)}
+    expected = run(source, x)
+    # Kept in fp32, so that only the rewrites are left of it.
+    quantize(source, tmp_path / "out.onnx", dataclasses.replace(DYNAMIC, keep=("project",)), [x])
+    made = ops(tmp_path / "out.onnx")
+    assert "SkipLayerNormalization" not in made
+    assert "BiasGelu" not in made
+    assert made.index("Add") < made.index("Split"), "the biases are added after the split"
+    np.testing.assert_allclose(run(tmp_path / "out.onnx", x)[0], expected[0], rtol=1e-4, atol=1e-4)
+
+
+def test_a_graph_without_constant_weights_is_refused(tmp_path: Path) -> None:
+    nodes = [helper.make_node("MatMul", ["x", "y"], ["z"], "mm")]
+    source = write(tmp_path / "fp32.onnx", nodes, {"x": [2, 2], "y": [2, 2]}, ["z"], {})
+    feeds = [{"x": np.eye(2, dtype=np.float32), "y": np.eye(2, dtype=np.float32)}]
+    for recipe in (DYNAMIC, WEIGHTS4):
+        with pytest.raises(MmoptError, match="the graph has none with a constant"):
+            quantize(source, tmp_path / "out.onnx", recipe, feeds)
+    assert not (tmp_path / "out.onnx").exists()
+
+
+# Convolutions.
+
+
+def convolution(path: Path) -> Path:
+    weights = {
+        "w": rng(0).standard_normal((8, 3, 3, 3), np.float32),
+        "b": rng(1).standard_normal(8).astype(np.float32),
+    }
+    nodes = [
+        helper.make_node("Conv", ["x", "w", "b"], ["h"], "conv", pads=[1, 1, 1, 1]),
+        helper.make_node("Relu", ["h"], ["y"], "relu"),
+    ]
+    return write(path, nodes, {"x": ["batch", 3, 8, 8]}, ["y"], weights)
+
+
+def pictures() -> list[Arrays]:
+    return [{"x": rng(i).uniform(-1, 1, (2, 3, 8, 8)).astype(np.float32)} for i in range(4)]
+
+
+@pytest.mark.parametrize("calibration", ["minmax", "entropy", "percentile"])
+def test_convolutions_run_in_int8_and_stay_close(tmp_path: Path, calibration: str) -> None:
+    source = convolution(tmp_path / "fp32.onnx")
+    recipe = Recipe("int8", "static", calibration=calibration)
+    record = quantize(source, tmp_path / "int8.onnx", recipe, pictures())
+    assert record["quantized"] == 1
+    assert record["samples"]["batches"] == 4
+    x = pictures()[0]
+    assert relative(run(tmp_path / "int8.onnx", x)[0], run(source, x)[0]) < 0.03
+
+
+def test_a_kept_convolution_leaves_nothing_to_quantize(tmp_path: Path) -> None:
+    source = convolution(tmp_path / "fp32.onnx")
+    with pytest.raises(MmoptError, match="changed nothing"):
+        quantize(
+            source, tmp_path / "out.onnx", Recipe("int8", "static", keep=("conv",)), pictures()
+        )
+    assert not (tmp_path / "out.onnx").exists()
+
+
+def test_static_quantization_refuses_what_no_protobuf_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(static_module, "LIMIT_BYTES", 1000)
+    with pytest.raises(InputError, match="takes 2 GB at most"):
+        quantize(
+            convolution(tmp_path / "fp32.onnx"),
+            tmp_path / "out.onnx",
+            Recipe("int8", "static"),
+            pictures(),
+        )
+
+
+# Files.
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        Recipe("fp32", "none"),
+        Recipe("fp16", "half", floats="fp16"),
+        Recipe("bf16", "half", floats="bf16"),
+        DYNAMIC,
+        WEIGHTS4,
+        dataclasses.replace(WEIGHTS4, symmetric=False, algorithm="hqq"),
+        dataclasses.replace(WEIGHTS4, algorithm="gptq"),
+    ],
+    ids=["fp32", "fp16", "bf16", "dynamic", "rtn", "hqq", "gptq"],
+)
+def test_two_runs_write_the_same_bytes_and_the_record_is_json(
+    tmp_path: Path, recipe: Recipe
+) -> None:
+    source = branches(tmp_path / "fp32.onnx")
+    contents = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        record = quantize(source, tmp_path / name / "model.onnx", recipe, uniform(2))
+        json.dumps(record, allow_nan=False)
+        contents.append([path.read_bytes() for path in sorted((tmp_path / name).iterdir())])
+    assert contents[0] == contents[1]
+    onnx.checker.check_model(str(tmp_path / "a" / "model.onnx"))
+
+
+def test_memory_holds_one_weight_at_a_time(tmp_path: Path) -> None:
+    count, k = 24, 256
+    nodes = [
+        helper.make_node("MatMul", [f"h{i}", f"w{i}"], [f"h{i + 1}"], f"mm{i}")
+        for i in range(count)
+    ]
+    weights = {f"w{i}": rng(i).standard_normal((k, k), np.float32) for i in range(count)}
+    source = write(tmp_path / "fp32.onnx", nodes, {"h0": ["rows", k]}, [f"h{count}"], weights)
+    one = 4 * k * k
+    for recipe in (WEIGHTS4, Recipe("fp16", "half", floats="fp16")):
+        quantize(source, tmp_path / "out.onnx", recipe)  # what is imported stays
+        tracemalloc.start()
+        quantize(source, tmp_path / "out.onnx", recipe)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < 4 * one, f"{peak / one:.1f} weights of {count}"
+
+
+def test_bad_input_is_named_and_nothing_is_written(tmp_path: Path) -> None:
+    source = branches(tmp_path / "fp32.onnx")
+    output = tmp_path / "out.onnx"
+    (tmp_path / "text.onnx").write_text("no model")
+    cases: list[tuple[Path, Path, Recipe, str]] = [
+        (source, output, DYNAMIC, r"expected at least one batch\. Give it .* --calibration"),
+        (source, output, dataclasses.replace(WEIGHTS4, algorithm="gptq"), "at least one batch"),
+        (source, output, Recipe("int8", "static"), "at least one batch"),
+        (source, source, WEIGHTS4, "is the source itself"),
+        (tmp_path / "no.onnx", output, WEIGHTS4, "does not exist"),
+        (tmp_path / "text.onnx", output, WEIGHTS4, "is not an ONNX model"),
+        (source, output, dataclasses.replace(WEIGHTS4, keep=("x",)), "names x, which the graph"),
+    ]
+    for given, out, recipe, message in cases:
+        with pytest.raises(InputError, match=message):
+            quantize(given, out, recipe)
+    (tmp_path / "fp32.onnx.data").unlink()
+    with pytest.raises(InputError, match=r"its data file fp32\.onnx\.data is missing"):
+        quantize(source, output, WEIGHTS4)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fp32.onnx", "text.onnx"]
+
+
+def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = branches(tmp_path / "fp32.onnx")
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("mmopt_export.quantization.packing.round_to_nearest", full)
+    with pytest.raises(OSError, match="No space left"):
+        quantize(source, tmp_path / "out.onnx", WEIGHTS4)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["fp32.onnx", "fp32.onnx.data"]

@@ -10,6 +10,7 @@ import typer
 
 from mmopt.cli.bench import bench_app
 from mmopt.cli.compile import compile_command
+from mmopt.cli.deploy import deploy_app
 from mmopt.cli.doctor import doctor
 from mmopt.cli.export import export, verify
 from mmopt.cli.kernels import kernels
@@ -53,6 +54,7 @@ for _name, _function, _example in (
     ("serve", serve, "mmopt serve out --port 8000"),
 ):
     app.command(_name, epilog=f"Example: {_example}")(command(_function))
+app.add_typer(deploy_app, name="deploy")
 app.add_typer(bench_app, name="bench")
 
 

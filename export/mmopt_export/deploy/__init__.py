@@ -1,0 +1,1 @@
+"""Hands an artifact to a serving engine that exists: one module per engine."""

@@ -1,0 +1,549 @@
+"""Generates text with an exported decoder on ONNX Runtime: caches, batches, sampling. No torch.
+
+One graph does prefill and decode. Its KV buffers are memory that this module owns: each is bound as
+a past input and as the present output at once, so that a step writes its one row in place and
+copies nothing. A row's tokens lie from 0 without gaps; lengths say how many, so a batch may hold
+rows of different lengths, and a row that is done keeps its cache while others go on.
+"""
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mmopt_export.manifest import CacheMap
+from mmopt_export.runtime import open_session
+from mmopt_kernels.errors import InputError
+
+CPU = "CPUExecutionProvider"
+LOGITS = "logits"
+MASK = "attention_mask"
+IDS = "input_ids"
+EMBEDS = "inputs_embeds"
+
+# Buffers start at this many rows and double: growing copies them, and 256 rows of a 124M Llama are
+# 18 MB, less than a twentieth of its weights.
+_FIRST_CAPACITY = 256
+
+# onnx.TensorProto.BFLOAT16: NumPy has no such type.
+_BFLOAT16 = 16
+
+Ids = Sequence[int]
+Floats = npt.NDArray[np.float32]
+Embed = Callable[[npt.NDArray[np.int64]], npt.NDArray[Any]]
+"""Embeddings `[B, S, H]` of ids `[B, S]`, for a graph that takes `inputs_embeds`."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen from the logits, in this order.
+
+    Attributes:
+        repetition_penalty: logits of tokens that the row holds already are divided by it where
+            positive and multiplied where negative; 1 is none (Keskar et al. 2019).
+        temperature: logits are divided by it; 0 takes the most likely token.
+        top_k: keep this many most likely tokens; 0 keeps all.
+        top_p: keep the most likely tokens whose probabilities first reach this sum; 1 keeps all.
+        seed: of the random numbers. Each row draws its own, so that what a row gets does not
+            depend on the others.
+
+    Raises:
+        InputError: a value out of its range.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, fine, expected in (
+            ("temperature", 0 <= self.temperature < np.inf, "0 or more"),
+            ("top_k", self.top_k >= 0, "0 or more"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("repetition_penalty", 0 < self.repetition_penalty < np.inf, "above 0"),
+            ("seed", self.seed >= 0, "0 or more"),
+        ):
+            if not fine:
+                raise InputError(f"{name} is {getattr(self, name)}, expected {expected}.")
+
+
+GREEDY = Sampling(temperature=0.0)
+
+
+@dataclass
+class Conversation:
+    """What rows have said so far, and their KV cache; `Generator.start` makes one.
+
+    Attributes:
+        lengths: int64 `[B]`, tokens of each row in the cache.
+        pending: for each row the tokens that came out and are not in the cache yet: the last one.
+        history: for each row all of its tokens by id, in and out.
+        capacity: rows of each buffer.
+    """
+
+    lengths: npt.NDArray[np.int64]
+    pending: list[list[int]]
+    history: list[list[int]]
+    capacity: int
+    _buffers: dict[str, Any] = field(default_factory=dict, repr=False)
+    _arrays: dict[str, npt.NDArray[Any]] = field(default_factory=dict, repr=False)
+    _constants: dict[str, Any] = field(default_factory=dict, repr=False)
+    _binding: Any = field(default=None, repr=False)
+    _logits: Any = field(default=None, repr=False)
+
+    @property
+    def batch(self) -> int:
+        """Rows."""
+        return len(self.lengths)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What came out.
+
+    Attributes:
+        tokens: new ids by row, with the end-of-sequence token where there was one.
+        reasons: by row `eos`, or `length` where a limit ended it.
+        conversation: pass it on with the next turn's tokens.
+    """
+
+    tokens: list[list[int]]
+    reasons: list[str]
+    conversation: Conversation
+
+
+class Generator:
+    """Generates with one session of an exported decoder.
+
+    A batch that already has a cache takes several new tokens row by row on the CPU and token by
+    token on other providers: ONNX Runtime's GroupQueryAttention refuses more than one row with a
+    past and several new tokens. Everything else runs as one batch. Not thread-safe per
+    `Conversation`; several conversations may share a generator.
+
+    Args:
+        model: an ONNX Runtime session, or the path of the graph, which is then opened.
+        cache: the names and sizes of the KV cache, from the manifest.
+        provider: where buffers are; the session must run there.
+        threads: for a session that is opened here.
+        max_length: tokens that a row may have, where the model's positions end.
+        embed: for a graph that takes `inputs_embeds`: what makes them of ids.
+        output: what the graph gives beside the cache, `[B, 1, V]`, under another name.
+
+    Raises:
+        InputError: the graph has no such cache, or takes embeddings and `embed` is missing.
+        MmoptError: the session cannot be opened.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        cache: CacheMap,
+        *,
+        provider: str = CPU,
+        threads: int | None = None,
+        max_length: int | None = None,
+        embed: Embed | None = None,
+        output: str = LOGITS,
+    ) -> None:
+        if isinstance(model, (str, Path)):
+            model = open_session(Path(model), provider=provider, threads=threads)
+        self.session = model
+        self.cache = cache
+        self.max_length = max_length
+        self._output = output
+        self._device = "cuda" if provider == "CUDAExecutionProvider" else "cpu"
+        inputs = {one.name: one for one in model.get_inputs()}
+        outputs = {one.name: one for one in model.get_outputs()}
+        for past_key, past_value, key, value in cache.layers:
+            for name, known in (
+                (past_key, inputs),
+                (past_value, inputs),
+                (key, outputs),
+                (value, outputs),
+            ):
+                if name not in known:
+                    raise InputError(
+                        f"the graph has no {name}, which its cache should be. Pass the cache of "
+                        "the manifest that belongs to the graph."
+                    )
+        self._tokens = EMBEDS if EMBEDS in inputs else IDS
+        self._embed = embed if self._tokens == EMBEDS else None
+        if self._tokens == EMBEDS and embed is None:
+            raise InputError(
+                "the graph takes inputs_embeds, expected embed= with what makes them of ids."
+            )
+        self._vocabulary = outputs[output].shape[2]
+        self._logits_type = {
+            "tensor(float)": np.dtype(np.float32),
+            "tensor(float16)": np.dtype(np.float16),
+        }.get(outputs[output].type)
+        self._embeds_type = np.float16 if "float16" in inputs[self._tokens].type else np.float32
+
+    # ---------------------------------------------------------------- public
+
+    def start(
+        self,
+        batch: int,
+        *,
+        capacity: int = _FIRST_CAPACITY,
+        constants: Mapping[str, npt.NDArray[Any]] | None = None,
+    ) -> Conversation:
+        """Empty caches for `batch` rows.
+
+        Args:
+            capacity: tokens for which there is room at first; it grows as needed.
+            constants: inputs that stay the same in every step: an adapter's, say.
+        """
+        if batch < 1 or capacity < 1:
+            raise InputError(f"batch is {batch} and capacity {capacity}, expected at least 1 each.")
+        conversation = Conversation(
+            lengths=np.zeros(batch, dtype=np.int64),
+            pending=[[] for _ in range(batch)],
+            history=[[] for _ in range(batch)],
+            capacity=0,
+            _constants={name: _value(one) for name, one in (constants or {}).items()},
+        )
+        self._grow(conversation, min(capacity, self.max_length or capacity))
+        return conversation
+
+    def prefill(
+        self, prompts: Sequence[Ids | npt.NDArray[Any]], conversation: Conversation
+    ) -> Floats:
+        """Take tokens in and give the logits `[B, V]` after each row's last one.
+
+        Args:
+            prompts: new ids by row, of any lengths; for a graph that takes embeddings also
+                `[n, H]` arrays. A row that has a pending token (the last one that came out) takes
+                that first. A row without either is left alone and has logits of 0.
+            conversation: is changed.
+
+        Raises:
+            InputError: another number of rows, an id out of range, or more tokens than positions.
+        """
+        logits = self._take(self._rows(prompts, conversation), conversation)
+        for row, prompt in enumerate(prompts):
+            conversation.pending[row] = []
+            if not isinstance(prompt, np.ndarray) or prompt.ndim == 1:
+                conversation.history[row] += [int(one) for one in prompt]
+        return logits
+
+    def step(self, tokens: Sequence[int | None], conversation: Conversation) -> Floats:
+        """Take one token of each row and give the logits `[B, V]` after it.
+
+        Args:
+            tokens: an id, or None for a row that is done: its cache stays, its logits are 0.
+        """
+        return self.prefill([[] if one is None else [one] for one in tokens], conversation)
+
+    def stream(
+        self,
+        prompts: Sequence[Ids | npt.NDArray[Any]],
+        *,
+        max_new_tokens: int,
+        eos: Collection[int] = (),
+        sampling: Sampling = GREEDY,
+        conversation: Conversation | None = None,
+    ) -> Iterator[dict[int, int]]:
+        """Give each step's new tokens by row, as they come; rows that are done are not in it.
+
+        Arguments as for `generate`. Stop iterating to stop generating: the conversation then holds
+        what has come out so far.
+        """
+        if max_new_tokens < 1:
+            raise InputError(f"max_new_tokens is {max_new_tokens}, expected at least 1.")
+        state = conversation or self.start(len(prompts))
+        randoms = [np.random.default_rng((sampling.seed, row)) for row in range(state.batch)]
+        logits = self.prefill(prompts, state)
+        live = [row for row in range(state.batch) if state.lengths[row]]
+        for count in range(1, max_new_tokens + 1):
+            chosen = {
+                row: choose(logits[row], sampling, state.history[row], randoms[row]) for row in live
+            }
+            for row, token in chosen.items():
+                state.pending[row] = [token]
+                state.history[row].append(token)
+            yield chosen
+            live = [row for row in live if chosen[row] not in eos and self._has_room(state, row)]
+            if not live or count == max_new_tokens:
+                return
+            # A row that ended keeps its last token pending, for the next turn.
+            fed = [state.pending[row] if row in live else [] for row in range(state.batch)]
+            for row in live:
+                state.pending[row] = []
+            logits = self._take([self._new(row, one) for row, one in enumerate(fed)], state)
+
+    def generate(
+        self,
+        prompts: Sequence[Ids | npt.NDArray[Any]],
+        *,
+        max_new_tokens: int,
+        eos: Collection[int] = (),
+        sampling: Sampling = GREEDY,
+        conversation: Conversation | None = None,
+        on_tokens: Callable[[dict[int, int]], None] | None = None,
+    ) -> Generation:
+        """Continue each prompt until its end-of-sequence token or a limit.
+
+        Args:
+            prompts: ids by row, of any lengths, without padding.
+            max_new_tokens: at most this many for each row.
+            eos: ids that end a row.
+            sampling: how tokens are chosen; greedy if left out.
+            conversation: of the turns before; the prompts are then only what is new.
+            on_tokens: called with each step's new tokens by row.
+
+        Raises:
+            InputError: a prompt that is empty, holds an unknown id, or has no room for one token.
+        """
+        state = conversation or self.start(len(prompts))
+        tokens: list[list[int]] = [[] for _ in range(state.batch)]
+        for chosen in self.stream(
+            prompts,
+            max_new_tokens=max_new_tokens,
+            eos=eos,
+            sampling=sampling,
+            conversation=state,
+        ):
+            for row, token in chosen.items():
+                tokens[row].append(token)
+            if on_tokens is not None:
+                on_tokens(chosen)
+        reasons = ["eos" if row and row[-1] in eos else "length" for row in tokens]
+        return Generation(tokens, reasons, state)
+
+    # ---------------------------------------------------------------- rows
+
+    def _rows(
+        self, prompts: Sequence[Ids | npt.NDArray[Any]], conversation: Conversation
+    ) -> list[npt.NDArray[Any]]:
+        """Each row's new tokens with its pending one first."""
+        if len(prompts) != conversation.batch:
+            raise InputError(
+                f"{len(prompts)} prompts for a conversation of {conversation.batch} rows."
+            )
+        rows = []
+        for row, (pending, prompt) in enumerate(zip(conversation.pending, prompts, strict=True)):
+            given = self._new(row, prompt)
+            rows.append(np.concatenate((self._new(row, pending), given)) if pending else given)
+        return rows
+
+    def _new(self, row: int, prompt: Ids | npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Tokens as the graph takes them: ids `[n]`, or embeddings `[n, H]`."""
+        given = np.asarray(prompt)
+        if given.ndim == 2 and self._embed is not None:
+            return given.astype(self._embeds_type)
+        if given.ndim != 1:
+            raise InputError(f"prompt {row} has the shape {given.shape}, expected a list of ids.")
+        ids = given.astype(np.int64)
+        if ids.size and not 0 <= ids.min() <= ids.max() < self._most_ids():
+            raise InputError(
+                f"prompt {row} has ids from {ids.min()} to {ids.max()}, expected 0 to "
+                f"{self._most_ids() - 1}."
+            )
+        if self._embed is None:
+            return ids
+        # Nothing has no embeddings: those of one token, cut to none, have their width and type.
+        embeds = self._embed(ids[None] if ids.size else np.zeros((1, 1), dtype=np.int64))
+        return embeds[0, : ids.size].astype(self._embeds_type)
+
+    def _most_ids(self) -> int:
+        return self._vocabulary if isinstance(self._vocabulary, int) else np.iinfo(np.int64).max
+
+    def _has_room(self, conversation: Conversation, row: int) -> bool:
+        return self.max_length is None or conversation.lengths[row] < self.max_length
+
+    # ---------------------------------------------------------------- running
+
+    def _take(self, rows: list[npt.NDArray[Any]], conversation: Conversation) -> Floats:
+        """Put new tokens, as the graph takes them, into the cache; logits `[B, V]`."""
+        counts = [len(row) for row in rows]
+        if max(counts) == 0:
+            raise InputError("every prompt is empty, expected at least one token.")
+        needed = int((conversation.lengths + counts).max())
+        if self.max_length is not None and needed > self.max_length:
+            raise InputError(
+                f"a row would have {needed} tokens, and the model has {self.max_length} "
+                "positions. Shorten the prompt."
+            )
+        self._grow(conversation, needed)
+        if conversation.batch == 1 or max(counts) == 1 or not conversation.lengths.any():
+            return self._run(rows, conversation)
+        if self._device == "cpu":
+            return self._row_by_row(rows, conversation)
+        return self._token_by_token(rows, conversation)
+
+    def _run(self, rows: list[npt.NDArray[Any]], conversation: Conversation) -> Floats:
+        """One call of the graph for the whole batch, buffers in place."""
+        binding, logits = self._bound(conversation)
+        feeds, counts = _padded(rows, conversation.lengths)
+        for name, feed in zip((self._tokens, MASK), feeds, strict=True):
+            binding.bind_ortvalue_input(name, _value(feed))
+        if logits is None:
+            binding.bind_output(self._output, "cpu")
+        self.session.run_with_iobinding(binding)
+        conversation.lengths += counts
+        if logits is None:
+            names = [one.name for one in self.session.get_outputs()]
+            logits = binding.get_outputs()[names.index(self._output)].numpy()
+        result: Floats = logits[:, 0].astype(np.float32)
+        result[counts == 0] = 0
+        return result
+
+    def _bound(self, conversation: Conversation) -> tuple[Any, Any]:
+        """The binding of the conversation's buffers, and the array that logits are written to."""
+        if conversation._binding is None:
+            binding = self.session.io_binding()
+            for name, constant in conversation._constants.items():
+                binding.bind_ortvalue_input(name, constant)
+            for past_key, past_value, key, value in self.cache.layers:
+                for past, present in ((past_key, key), (past_value, value)):
+                    binding.bind_ortvalue_input(past, conversation._buffers[past])
+                    binding.bind_ortvalue_output(present, conversation._buffers[past])
+            if isinstance(self._vocabulary, int) and self._logits_type is not None:
+                shape = (conversation.batch, 1, self._vocabulary)
+                conversation._logits = np.empty(shape, dtype=self._logits_type)
+                binding.bind_ortvalue_output(self._output, _value(conversation._logits))
+            conversation._binding = binding
+        return conversation._binding, conversation._logits
+
+    def _row_by_row(self, rows: list[npt.NDArray[Any]], conversation: Conversation) -> Floats:
+        """Several new tokens after a past: each row by itself, on its part of the buffers."""
+        results = []
+        for row, new in enumerate(rows):
+            if not len(new):
+                results.append(np.zeros((1, int(self._vocabulary)), dtype=np.float32))
+                continue
+            arrays = {name: array[row : row + 1] for name, array in conversation._arrays.items()}
+            alone = Conversation(
+                lengths=conversation.lengths[row : row + 1],
+                pending=[[]],
+                history=[[]],
+                capacity=conversation.capacity,
+                _arrays=arrays,
+                _buffers={name: self._buffer(array) for name, array in arrays.items()},
+                _constants=conversation._constants,
+            )
+            # `lengths` is a view: the run counts into the conversation's own.
+            results.append(self._run([new], alone))
+        return np.concatenate(results)
+
+    def _token_by_token(self, rows: list[npt.NDArray[Any]], conversation: Conversation) -> Floats:
+        """Several new tokens after a past where buffers cannot be taken apart."""
+        result: Floats | None = None
+        for column in range(max(len(row) for row in rows)):
+            logits = self._run([row[column : column + 1] for row in rows], conversation)
+            if result is None:
+                result = np.zeros_like(logits)
+            taken = [column < len(row) for row in rows]
+            result[taken] = logits[taken]
+        assert result is not None
+        return result
+
+    # ---------------------------------------------------------------- buffers
+
+    def _grow(self, conversation: Conversation, needed: int) -> None:
+        """Make room for `needed` tokens in a row and one that is thrown away.
+
+        A row without a new token writes one that means nothing behind its own.
+        """
+        if needed + 1 <= conversation.capacity:
+            return
+        capacity = max(needed + 1, 2 * conversation.capacity)
+        if self.max_length is not None:
+            capacity = min(capacity, self.max_length + 1)
+        held = int(conversation.lengths.max())
+        shape = (conversation.batch, self.cache.heads, capacity, self.cache.head_size)
+        for layer in self.cache.layers:
+            for name in layer[:2]:
+                array = np.zeros(shape, dtype=self._cache_type())
+                if held:
+                    array[:, :, :held] = self._held(conversation, name)[:, :, :held]
+                if self._device == "cpu":
+                    conversation._arrays[name] = array
+                conversation._buffers[name] = self._buffer(array)
+        conversation.capacity = capacity
+        conversation._binding = None
+
+    def _cache_type(self) -> npt.DTypeLike:
+        return np.uint16 if self.cache.dtype == "bfloat16" else np.dtype(self.cache.dtype)
+
+    def _held(self, conversation: Conversation, name: str) -> npt.NDArray[Any]:
+        if name in conversation._arrays:
+            return conversation._arrays[name]
+        values: npt.NDArray[Any] = conversation._buffers[name].numpy()
+        return values
+
+    def _buffer(self, array: npt.NDArray[Any]) -> Any:
+        from onnxruntime import OrtValue
+
+        if self.cache.dtype == "bfloat16":
+            return OrtValue.ortvalue_from_numpy_with_onnx_type(array, _BFLOAT16)
+        # On the CPU this is the array's own memory, on a device a copy.
+        return OrtValue.ortvalue_from_numpy(array, self._device, 0)
+
+
+def choose(
+    logits: Floats, sampling: Sampling, history: Ids, random: np.random.Generator | None = None
+) -> int:
+    """The next token from logits `[V]`, as `Sampling` says.
+
+    Args:
+        history: tokens that the row holds already, for the repetition penalty.
+        random: draws; None is `Sampling.seed` anew.
+    """
+    scores = logits.astype(np.float64)
+    if sampling.repetition_penalty != 1 and len(history):
+        seen = np.unique(np.asarray(history, dtype=np.int64))
+        old = scores[seen]
+        penalty = sampling.repetition_penalty
+        scores[seen] = np.where(old < 0, old * penalty, old / penalty)
+    if sampling.temperature == 0:
+        return int(np.argmax(scores))
+    probabilities = distribution(scores, sampling)
+    drawn = (random or np.random.default_rng(sampling.seed)).random()
+    # Of the tokens that may come, the first whose cumulated probability exceeds the draw.
+    kept = np.flatnonzero(probabilities)
+    edge = np.searchsorted(np.cumsum(probabilities[kept]), drawn, side="right")
+    return int(kept[min(int(edge), len(kept) - 1)])
+
+
+def distribution(scores: npt.NDArray[np.float64], sampling: Sampling) -> npt.NDArray[np.float64]:
+    """Probabilities `[V]` after temperature, top-k and top-p, 0 for what was cut."""
+    scores = scores / sampling.temperature
+    if 0 < sampling.top_k < len(scores):
+        smallest = np.partition(scores, -sampling.top_k)[-sampling.top_k]
+        scores = np.where(scores < smallest, -np.inf, scores)
+    probabilities = np.exp(scores - scores.max())
+    probabilities /= probabilities.sum()
+    if sampling.top_p < 1:
+        order = np.argsort(-probabilities, kind="stable")
+        before = np.cumsum(probabilities[order]) - probabilities[order]
+        probabilities[order[before >= sampling.top_p]] = 0
+        probabilities /= probabilities.sum()
+    result: npt.NDArray[np.float64] = probabilities
+    return result
+
+
+def _padded(
+    rows: list[npt.NDArray[Any]], lengths: npt.NDArray[np.int64]
+) -> tuple[tuple[npt.NDArray[Any], npt.NDArray[np.int64]], npt.NDArray[np.int64]]:
+    """The graph's tokens and mask, and how many new tokens each row has."""
+    counts = np.asarray([len(row) for row in rows], dtype=np.int64)
+    most, past = int(counts.max()), int(lengths.max())
+    tokens = np.zeros((len(rows), most, *rows[0].shape[1:]), dtype=rows[0].dtype)
+    for row, new in enumerate(rows):
+        tokens[row, : len(new)] = new
+    columns = np.arange(past + most)
+    mask = (columns < lengths[:, None]) | ((columns >= past) & (columns < past + counts[:, None]))
+    return (tokens, mask.astype(np.int64)), counts
+
+
+def _value(array: npt.NDArray[Any]) -> Any:
+    from onnxruntime import OrtValue
+
+    return OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))

@@ -1,0 +1,293 @@
+"""Generation on ONNX Runtime: batches, turns, ends, growth, sampling, and what is refused."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mmopt_export.generation import GREEDY, Generator, Sampling, choose, distribution
+from mmopt_export.manifest import CacheMap
+from mmopt_kernels.errors import InputError
+from tiny_decoders import VOCABULARY, Exported, eager_tokens, tiny_decoder
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+LENGTHS = (9, 1, 14)
+TURNS = (3, 5, 1)
+
+
+@pytest.fixture(scope="module", params=["llama", pytest.param("gemma3", marks=pytest.mark.slow)])
+def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """A model without a window and one with windows shorter than the prompts."""
+    return Exported(tiny_decoder(request.param), tmp_path_factory.mktemp("generation"))
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    return Exported(tiny_decoder("llama"), tmp_path_factory.mktemp("generation"))
+
+
+def prompts_of(lengths: tuple[int, ...], seed: int = 0) -> list[list[int]]:
+    generator = np.random.default_rng(seed)
+    return [generator.integers(3, VOCABULARY, length).tolist() for length in lengths]
+
+
+def test_a_ragged_batch_gives_what_each_prompt_gives_alone(exported: Exported) -> None:
+    prompts = prompts_of(LENGTHS)
+    result = exported.generator().generate(prompts, max_new_tokens=12)
+    assert result.tokens == [eager_tokens(exported.model, one, 12) for one in prompts]
+    assert result.reasons == ["length"] * 3
+
+
+def test_a_second_turn_goes_on_where_the_first_ended(exported: Exported) -> None:
+    """Several new tokens after a past, of different numbers: row by row on the CPU."""
+    generator = exported.generator()
+    prompts, turns = prompts_of(LENGTHS), prompts_of(TURNS, seed=1)
+    first = generator.generate(prompts, max_new_tokens=6)
+    # The last token came out and did not go in.
+    assert first.conversation.lengths.tolist() == [len(one) + 5 for one in prompts]
+    second = generator.generate(turns, max_new_tokens=7, conversation=first.conversation)
+    for row, (prompt, turn) in enumerate(zip(prompts, turns, strict=True)):
+        whole = prompt + first.tokens[row] + turn
+        assert second.tokens[row] == eager_tokens(exported.model, whole, 7)
+        assert second.conversation.history[row] == whole + second.tokens[row]
+
+
+def test_token_by_token_gives_the_same_as_row_by_row(llama: Exported) -> None:
+    """What providers do whose buffers cannot be taken apart."""
+    prompts, turns = prompts_of(LENGTHS), prompts_of(TURNS, seed=1)
+    results = []
+    for name in ("_row_by_row", "_token_by_token"):
+        generator = llama.generator()
+        first = generator.generate(prompts, max_new_tokens=3)
+        rows = generator._rows(turns, first.conversation)
+        generator._grow(first.conversation, 64)
+        results.append(getattr(generator, name)(rows, first.conversation))
+        assert first.conversation.lengths.tolist() == [
+            len(prompt) + 3 + len(turn) for prompt, turn in zip(prompts, turns, strict=True)
+        ]
+    np.testing.assert_allclose(results[0], results[1], atol=3e-5)
+
+
+def test_rows_end_on_their_own_and_keep_their_cache(exported: Exported) -> None:
+    generator = exported.generator()
+    prompts, turns = prompts_of(LENGTHS), prompts_of(TURNS, seed=1)
+    free = generator.generate(prompts, max_new_tokens=10).tokens
+    eos = free[0][3]
+    expected = [row[: row.index(eos) + 1] if eos in row else row for row in free]
+    result = generator.generate(prompts, max_new_tokens=10, eos=[eos])
+    assert result.tokens == expected
+    assert result.reasons[0] == "eos"
+    second = generator.generate(turns, max_new_tokens=5, conversation=result.conversation)
+    for row, (prompt, turn) in enumerate(zip(prompts, turns, strict=True)):
+        whole = prompt + expected[row] + turn
+        assert second.tokens[row] == eager_tokens(exported.model, whole, 5)
+
+
+def test_buffers_grow_from_one_token(llama: Exported) -> None:
+    generator = llama.generator()
+    prompts = prompts_of(LENGTHS)
+    conversation = generator.start(3, capacity=1)
+    result = generator.generate(prompts, max_new_tokens=20, conversation=conversation)
+    assert result.tokens == [eager_tokens(llama.model, one, 20) for one in prompts]
+    assert conversation.capacity >= max(LENGTHS) + 19
+
+
+def test_steps_write_into_one_buffer(llama: Exported) -> None:
+    """Past and present are the same memory: nothing is copied or made anew from step to step."""
+    generator = llama.generator()
+    conversation = generator.start(1, capacity=32)
+    arrays = dict(conversation._arrays)
+    generator.generate(prompts_of((5,)), max_new_tokens=8, conversation=conversation)
+    assert all(conversation._arrays[name] is array for name, array in arrays.items())
+    for array in arrays.values():
+        assert np.all(np.any(array[0, :, :12] != 0, axis=-1))
+        assert not np.any(array[0, :, 12:])
+
+
+def test_streaming_gives_tokens_as_they_come_and_can_stop(llama: Exported) -> None:
+    generator = llama.generator()
+    prompts = prompts_of((7, 2))
+    whole = generator.generate(prompts, max_new_tokens=9).tokens
+    called: list[dict[int, int]] = []
+    generator.generate(prompts, max_new_tokens=9, on_tokens=called.append)
+    assert [[step[row] for step in called] for row in range(2)] == whole
+    conversation = generator.start(2)
+    stream = generator.stream(prompts, max_new_tokens=9, conversation=conversation)
+    steps = [next(stream) for _ in range(4)]
+    stream.close()
+    assert [[step[row] for step in steps] for row in range(2)] == [one[:4] for one in whole]
+    rest = generator.generate([[], []], max_new_tokens=5, conversation=conversation)
+    assert rest.tokens == [one[4:] for one in whole]
+
+
+def test_logits_are_eagers(exported: Exported) -> None:
+    import torch
+
+    generator = exported.generator()
+    prompts = prompts_of(LENGTHS)
+    conversation = generator.start(3)
+    found = [generator.prefill(prompts, conversation), generator.step([5, 6, 7], conversation)]
+    for logits, added in zip(found, ([], [5, 6, 7]), strict=True):
+        for row, prompt in enumerate(prompts):
+            ids = torch.tensor([prompt + added[row : row + 1]])
+            with torch.no_grad():
+                expected = exported.model(input_ids=ids).logits[0, -1]
+            np.testing.assert_allclose(logits[row], expected, atol=3e-5)
+
+
+def test_generation_ends_where_positions_end(llama: Exported) -> None:
+    """96 positions: 90 tokens in leave 6, and the seventh comes from the last one."""
+    generator = llama.generator()
+    result = generator.generate(prompts_of((90, 5)), max_new_tokens=30)
+    assert [len(one) for one in result.tokens] == [7, 30]
+    assert result.reasons == ["length", "length"]
+    assert result.tokens[0] == eager_tokens(llama.model, prompts_of((90, 5))[0], 7)
+
+
+# -------------------------------------------------------------------- sampling
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(temperature=0.7),
+        Sampling(top_k=5),
+        Sampling(top_p=0.8),
+        Sampling(top_p=0.05),
+        Sampling(temperature=1.3, top_k=20, top_p=0.6),
+        Sampling(repetition_penalty=1.4),
+        Sampling(temperature=0.5, repetition_penalty=0.8, top_k=7, top_p=0.9),
+    ],
+    ids=str,
+)
+def test_the_distribution_is_transformers(sampling: Sampling) -> None:
+    """The same scores through transformers' own processors, in `generate`'s order."""
+    import torch
+    from transformers import (
+        LogitsProcessorList,
+        RepetitionPenaltyLogitsProcessor,
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+    )
+
+    logits = (np.random.default_rng(3).standard_normal(VOCABULARY) * 3).astype(np.float32)
+    history = [4, 9, 9, 30]
+    processors: Any = LogitsProcessorList()
+    if sampling.repetition_penalty != 1:
+        processors.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
+    processors.append(TemperatureLogitsWarper(sampling.temperature))
+    if sampling.top_k:
+        processors.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        processors.append(TopPLogitsWarper(sampling.top_p))
+    scores = processors(torch.tensor([history]), torch.from_numpy(logits)[None].double())
+    expected = scores.softmax(-1)[0].numpy()
+    # What `choose` draws, counted: 20000 draws tell 3 standard deviations of 1 in 100.
+    random = np.random.default_rng(0)
+    drawn = [choose(logits, sampling, history, random) for _ in range(20000)]
+    counts = np.bincount(drawn, minlength=VOCABULARY) / len(drawn)
+    assert set(np.flatnonzero(counts)) <= set(np.flatnonzero(expected))
+    np.testing.assert_allclose(counts, expected, atol=0.012)
+    if sampling.repetition_penalty == 1:
+        found = distribution(logits.astype(np.float64), sampling)
+        np.testing.assert_allclose(found, expected, atol=1e-9)
+
+
+def test_a_seed_gives_the_same_again_and_rows_do_not_depend_on_each_other(llama: Exported) -> None:
+    generator = llama.generator()
+    prompts = prompts_of(LENGTHS)
+    sampling = Sampling(temperature=1.2, top_k=30, top_p=0.95, repetition_penalty=1.1, seed=7)
+    first = generator.generate(prompts, max_new_tokens=10, sampling=sampling).tokens
+    assert generator.generate(prompts, max_new_tokens=10, sampling=sampling).tokens == first
+    alone = generator.generate(prompts[:1], max_new_tokens=10, sampling=sampling).tokens
+    assert alone == first[:1]
+    other = Sampling(temperature=1.2, top_k=30, top_p=0.95, repetition_penalty=1.1, seed=8)
+    assert generator.generate(prompts, max_new_tokens=10, sampling=other).tokens != first
+
+
+def test_greedy_takes_the_first_of_equal_logits() -> None:
+    assert choose(np.array([1, 5, 5, 0], dtype=np.float32), GREEDY, []) == 1
+
+
+def test_a_penalty_counts_for_greedy_too() -> None:
+    """Positive logits shrink, negative ones grow more negative."""
+    logits = np.array([1.0, 2.0, 1.9], dtype=np.float32)
+    assert choose(logits, Sampling(temperature=0, repetition_penalty=1.2), [1, 1]) == 2
+    assert choose(-logits, Sampling(temperature=0, repetition_penalty=3.0), [0]) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"temperature": -1.0}, r"temperature is -1.0, expected 0 or more"),
+        ({"temperature": float("nan")}, r"temperature is nan"),
+        ({"top_k": -1}, r"top_k is -1"),
+        ({"top_p": 0.0}, r"top_p is 0.0, expected above 0 and at most 1"),
+        ({"top_p": 1.5}, r"top_p is 1.5"),
+        ({"repetition_penalty": 0.0}, r"repetition_penalty is 0.0"),
+        ({"seed": -3}, r"seed is -3"),
+    ],
+    ids=str,
+)
+def test_sampling_out_of_range_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Sampling(**changes)
+
+
+# -------------------------------------------------------------------- refusals
+
+
+def test_bad_prompts_are_refused_and_leave_the_conversation_as_it_was(llama: Exported) -> None:
+    generator = llama.generator()
+    conversation = generator.start(2)
+    for prompts, message in (
+        ([[5]], "1 prompts for a conversation of 2 rows"),
+        ([[5], [VOCABULARY]], "prompt 1 has ids from 61 to 61, expected 0 to 60"),
+        ([[-1], [5]], "prompt 0 has ids from -1"),
+        ([[], []], "every prompt is empty"),
+        ([[5], [6] * 97], "a row would have 97 tokens, and the model has 96 positions"),
+        ([[5], np.zeros((2, 32), np.float32)], r"prompt 1 has the shape \(2, 32\)"),
+    ):
+        with pytest.raises(InputError, match=message):
+            generator.prefill(prompts, conversation)  # type: ignore[arg-type]
+        assert conversation.lengths.tolist() == [0, 0]
+        assert conversation.history == [[], []]
+    with pytest.raises(InputError, match="max_new_tokens is 0"):
+        generator.generate([[5], [6]], max_new_tokens=0)
+
+
+def test_a_cache_of_another_graph_is_refused(llama: Exported) -> None:
+    names = (
+        "past_key_values.9.key",
+        "past_key_values.9.value",
+        "present.9.key",
+        "present.9.value",
+    )
+    cache = CacheMap(layers=(names,), heads=2, head_size=8, dtype="float32")
+    with pytest.raises(InputError, match=r"no past_key_values\.9\.key"):
+        Generator(llama.session(), cache)
+
+
+def test_an_empty_row_beside_others_is_left_alone(llama: Exported) -> None:
+    generator = llama.generator()
+    prompts = prompts_of((6, 3))
+    conversation = generator.start(2)
+    result = generator.generate([prompts[0], []], max_new_tokens=4, conversation=conversation)
+    assert result.tokens == [eager_tokens(llama.model, prompts[0], 4), []]
+    later = generator.generate([[], prompts[1]], max_new_tokens=4, conversation=conversation)
+    assert later.tokens[1] == eager_tokens(llama.model, prompts[1], 4)
+
+
+def test_generation_imports_without_torch_and_transformers(tmp_path: Path) -> None:
+    code = (
+        "import sys\n"
+        "for name in ('torch', 'transformers', 'onnx', 'mmopt'):\n"
+        "    sys.modules[name] = None\n"
+        "import mmopt_export.generation\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)

@@ -6,17 +6,30 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mmopt_export.adapters.files import AdapterSet
+    from mmopt_export.adapters.spec import AdapterSpec
     from mmopt_export.checkpoint import Checkpoint, load_checkpoint
+    from mmopt_export.encoder_decoder.speech import Transcriber
+    from mmopt_export.encoder_decoder.text import TextGenerator
+    from mmopt_export.generation import Generator, Sampling
     from mmopt_export.manifest import Manifest, read_manifest
+    from mmopt_export.multimodal import MultimodalGenerator
     from mmopt_export.pipeline import ExportReport, export
     from mmopt_export.runtime import Runner
     from mmopt_export.verification import VerifyReport, verify
 
 _MODULES = {
+    "AdapterSet": "adapters.files",
+    "AdapterSpec": "adapters.spec",
     "Checkpoint": "checkpoint",
     "ExportReport": "pipeline",
+    "Generator": "generation",
     "Manifest": "manifest",
+    "MultimodalGenerator": "multimodal",
     "Runner": "runtime",
+    "Sampling": "generation",
+    "TextGenerator": "encoder_decoder.text",
+    "Transcriber": "encoder_decoder.speech",
     "VerifyReport": "verification",
     "export": "pipeline",
     "load_checkpoint": "checkpoint",
@@ -25,10 +38,17 @@ _MODULES = {
 }
 
 __all__ = [
+    "AdapterSet",
+    "AdapterSpec",
     "Checkpoint",
     "ExportReport",
+    "Generator",
     "Manifest",
+    "MultimodalGenerator",
     "Runner",
+    "Sampling",
+    "TextGenerator",
+    "Transcriber",
     "VerifyReport",
     "export",
     "load_checkpoint",

@@ -1,7 +1,6 @@
 """Traces a PyTorch model into an ONNX graph, on transformers' own exporter."""
 
 import contextlib
-import inspect
 import io
 import logging
 import warnings
@@ -11,87 +10,68 @@ from typing import Any
 import numpy as np
 import onnx_ir
 import torch
+import transformers
 
 from mmopt_export.checkpoint import quiet_transformers
 from mmopt_export.manifest import TensorSpec
-from mmopt_kernels.errors import InputError, MmoptError, one_line
+from mmopt_export.parts import Part
+from mmopt_export.repairs import repair
+from mmopt_kernels.errors import MmoptError, one_line
 
 OPSET = 20
 """The newest opset that onnxruntime 1.30 runs in full and transformers' exporter emits."""
 
-# What the tokenizer gives that a text encoder may take; all int64 [batch, sequence].
-_TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+# Targets for which ONNX Runtime's own ops are fused in; others keep to the standard ones.
+_FUSED = ("cpu", "cuda")
 
 
-def require_text_classifier(model: Any, tokenizer: Any) -> None:
-    """Refuse, by name, an architecture whose export has not been proven.
+def trace(part: Part, *, target: str) -> onnx_ir.Model:
+    """Trace a part with its symbolic dimensions.
 
-    Raises:
-        InputError: not a sequence classification model over text, or one without tokenizer.
-    """
-    name = type(model).__name__
-    if not name.endswith("ForSequenceClassification") or "input_ids" not in _parameters(model):
-        raise InputError(
-            f"{name} cannot be exported, expected a text classifier "
-            "(a ...ForSequenceClassification architecture). Fine-tune one with `mmopt train`."
-        )
-    if getattr(model.config, "problem_type", None) == "multi_label_classification":
-        raise InputError(f"{name} is a multi-label classifier, expected one label per text.")
-    if tokenizer is None:
-        raise InputError(f"the {name} has no tokenizer. Save one beside it with save_pretrained.")
-
-
-def text_inputs(model: Any, tokenizer: Any) -> list[str]:
-    """The inputs of the graph: what the tokenizer gives and the model's forward takes."""
-    accepted = _parameters(model)
-    return [
-        name
-        for name in _TEXT_INPUTS
-        if name in accepted and name in (*tokenizer.model_input_names, "attention_mask")
-    ]
-
-
-def trace(model: Any, inputs: list[str], *, max_length: int, target: str) -> onnx_ir.Model:
-    """Trace `model` with dynamic batch and sequence length.
+    The graph's initializers are the module's own memory, not copies.
 
     Args:
-        model: a merged text classifier, eval mode, fp32, on the CPU.
-        inputs: names of its int64 `[batch, sequence]` inputs.
-        max_length: the longest sequence that the model has positions for.
-        target: the target's name, for which ONNX Runtime's own ops are fused in.
+        part: what to trace.
+        target: the target's name.
 
     Raises:
-        MmoptError: the exporter failed; the message holds its reason (exit 3).
+        MmoptError: the exporter failed, or an input or an output is not in the graph; the message
+            names the part and the reason (exit 3).
     """
+    if part.tracer is not None:
+        return part.tracer(part, target)
     from transformers.exporters import OnnxConfig, OnnxExporter
 
-    length = min(16, max_length)
-    ids = torch.arange(2 * length).reshape(2, length) % model.config.vocab_size
-    values = {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "token_type_ids": torch.zeros_like(ids),
+    module = part.lowered if part.lowered is not None else part.module
+    symbols = {name for axes in part.axes.values() for name in axes.values()}
+    dims = {
+        name: torch.export.Dim(name, min=part.minimums.get(name), max=part.limits.get(name))
+        for name in symbols
     }
-    axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence", max=max_length)}
     config = OnnxConfig(
         dynamic=True,
-        dynamic_shapes=dict.fromkeys(inputs, axes),
+        dynamic_shapes={
+            name: {axis: dims[symbol] for axis, symbol in part.axes.get(name, {}).items()}
+            for name in part.inputs
+        },
         opset_version=OPSET,
-        ort_fusions=target,
+        ort_fusions=target if target in _FUSED else None,
+    )
+    what = (
+        f"the {part.name} of {_architecture(module)}"
+        if part.name != "model"
+        else (_architecture(module))
     )
     try:
-        with _quiet():
-            exported = OnnxExporter().export(
-                model, {name: values[name] for name in inputs}, config=config
-            )
-    except (RuntimeError, ValueError, TypeError, torch.onnx.errors.OnnxExporterError) as error:
-        raise MmoptError(
-            f"{type(model).__name__} could not be traced: {one_line(error, 500)}"
-        ) from error
+        with quiet():
+            exported = OnnxExporter().export(module, dict(part.inputs), config=config)
+    except Exception as error:  # whatever it is, the model could not be traced
+        raise MmoptError(f"{what} could not be traced: {one_line(error, 500)}") from error
     graph: onnx_ir.Model = exported.program
-    _require_inputs(graph, inputs)
-    _strip_metadata(graph)
-    _name_dimensions(graph, inputs)
+    _require_inputs(graph, part, what)
+    repair(graph)
+    strip_metadata(graph)
+    _name_dimensions(graph, part)
     return graph
 
 
@@ -109,25 +89,35 @@ def tensor_specs(values: Any) -> tuple[TensorSpec, ...]:
     )
 
 
-def _parameters(model: Any) -> set[str]:
-    return set(inspect.signature(model.forward).parameters)
+def _architecture(module: torch.nn.Module) -> str:
+    """The name of the Hugging Face model in `module`."""
+    for inner in module.modules():
+        if isinstance(inner, transformers.PreTrainedModel):
+            return type(inner).__name__
+    return type(module).__name__
 
 
-def _require_inputs(graph: onnx_ir.Model, inputs: list[str]) -> None:
+def _require_inputs(graph: onnx_ir.Model, part: Part, what: str) -> None:
     """An input that the graph does not use is an input silently lost: an attention mask, say."""
     found = {value.name: value for value in graph.graph.inputs}
-    for name in inputs:
+    for name in part.inputs:
         if name not in found or not found[name].uses():
-            raise MmoptError(f"the exported graph lost the input {name}; it would be ignored.")
+            raise MmoptError(f"the graph of {what} lost the input {name}; it would be ignored.")
+    outputs = tuple(value.name for value in graph.graph.outputs)
+    if outputs != part.outputs:
+        raise MmoptError(
+            f"the graph of {what} has the outputs {', '.join(map(str, outputs))}, expected "
+            f"{', '.join(part.outputs)}."
+        )
 
 
-def _name_dimensions(graph: onnx_ir.Model, inputs: list[str]) -> None:
+def _name_dimensions(graph: onnx_ir.Model, part: Part) -> None:
     """Call the symbols of the trace, such as `s43`, what they are: `batch` and `sequence`."""
     names: dict[str, str] = {}
     for value in graph.graph.inputs:
-        if value.name in inputs and value.shape is not None:
-            batch, sequence = (str(dim) for dim in value.shape)
-            names |= {batch: "batch", sequence: "sequence"}
+        for axis, name in part.axes.get(str(value.name), {}).items():
+            if value.shape is not None and not isinstance(value.shape[axis], int):
+                names[str(value.shape[axis])] = name
     for node in graph.graph.all_nodes():
         _rename(node.outputs, names)
     _rename(graph.graph.inputs, names)
@@ -141,7 +131,7 @@ def _rename(values: Any, names: dict[str, str]) -> None:
             )
 
 
-def _strip_metadata(graph: onnx_ir.Model) -> None:
+def strip_metadata(graph: onnx_ir.Model) -> None:
     """Drop stack traces and trace names: they hold paths and make two exports differ."""
     graph.metadata_props.clear()
     for part in graph.graphs():
@@ -157,11 +147,12 @@ def _strip_metadata(graph: onnx_ir.Model) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep the exporters' chatter off stdout, which belongs to the report, and off stderr."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with (
             quiet_transformers(),
@@ -171,4 +162,5 @@ def _quiet() -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmopt_export.files import sha256
+from mmopt_export.files import ARTIFACT_MARKER, read_json, sha256
 from mmopt_kernels.errors import InputError
 
-MANIFEST_NAME = "mmopt.json"
-SCHEMA_VERSION = 1
+MANIFEST_NAME = ARTIFACT_MARKER
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,41 @@ class TensorSpec:
 
 
 @dataclass(frozen=True)
+class Component:
+    """One graph of the artifact.
+
+    Attributes:
+        file: its path in the folder.
+        inputs, outputs: in the order of the graph.
+        precision: of its weights and of what it computes with them.
+        quantization: the recipe, or None for fp32.
+    """
+
+    file: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    precision: str
+    quantization: dict[str, Any] | None
+
+
+@dataclass(frozen=True)
+class CacheMap:
+    """The KV cache of a decoder: graph inputs and outputs that one buffer per layer and side is.
+
+    Attributes:
+        layers: for each layer the names of past key, past value, present key and present value.
+        heads: key and value heads.
+        head_size: of each.
+        dtype: NumPy's name of the buffers' type. A buffer is `[batch, heads, capacity, head_size]`.
+    """
+
+    layers: tuple[tuple[str, str, str, str], ...]
+    heads: int
+    head_size: int
+    dtype: str
+
+
+@dataclass(frozen=True)
 class FileRecord:
     """A file of the artifact: its SHA-256 in hex and its size in bytes."""
 
@@ -45,11 +80,14 @@ class Source:
         base: the model as the user named it.
         base_sha256: over the base's weight files.
         adapters: for each merged adapter its path, its hash, and its scale per module.
+        quantized: how the base's weights were stored, when they were dequantized to be merged onto
+            and exported; None for plain ones.
     """
 
     base: str
     base_sha256: str
     adapters: tuple[dict[str, Any], ...]
+    quantized: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -57,11 +95,16 @@ class Manifest:
     """The parsed `mmopt.json`.
 
     Attributes:
-        status: `verified`, or `failed` when parity did not hold; a failed artifact is not served.
+        status: `verified`; `failed` when parity did not hold, or `accepted` when it was wanted all
+            the same; `unproven` when the target's provider was not there to run it. Only verified
+            and accepted artifacts are served.
         opset: opset version per domain; the default domain is `ai.onnx`.
+        components: the graphs, by name; where there is one it is called `model`.
+        caches: the KV cache of each component that has one.
+        adapters: adapters that a run may choose: by name and component the `.onnx_adapter` file.
         labels: class names by index.
-        max_length: tokens that the tokenizer keeps of a text.
-        quantization: the recipe, or None for fp32.
+        max_length: tokens that the tokenizer keeps of a text; None without text.
+        preprocessing: constants that a runtime needs before and after the graphs.
         tools: versions that wrote the artifact.
     """
 
@@ -74,15 +117,44 @@ class Manifest:
     status: str
     opset: dict[str, int]
     minimum_onnxruntime: str
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
+    components: dict[str, Component]
+    caches: dict[str, CacheMap]
+    adapters: dict[str, dict[str, str]]
     labels: tuple[str, ...]
-    max_length: int
-    quantization: dict[str, Any] | None
+    max_length: int | None
+    preprocessing: dict[str, Any]
     source: Source
     tools: dict[str, str]
     files: dict[str, FileRecord]
     schema: int = SCHEMA_VERSION
+
+    @property
+    def component(self) -> Component:
+        """The graph of an artifact that has one.
+
+        Raises:
+            InputError: it has several.
+        """
+        if len(self.components) != 1:
+            raise InputError(
+                f"{self.name} has the graphs {', '.join(self.components)}, expected one: this "
+                f"cannot be done with a model for {self.task}."
+            )
+        return next(iter(self.components.values()))
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """Inputs of the only graph."""
+        return self.component.inputs
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """Outputs of the only graph."""
+        return self.component.outputs
+
+    def with_files(self, files: dict[str, FileRecord]) -> "Manifest":
+        """The same with the hashes of the folder's files."""
+        return dataclasses.replace(self, files=files)
 
     def write(self, folder: Path) -> None:
         """Write `mmopt.json` into `folder`, keys in a fixed order so that exports compare equal."""
@@ -112,10 +184,7 @@ def read_manifest(folder: Path) -> Manifest:
             f"{folder} is not an artifact: it has no {MANIFEST_NAME}. "
             "Pass a folder that `mmopt export` wrote."
         )
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not valid JSON ({error}). Export the model again.") from error
+    document = read_json(path)
     if not isinstance(document, dict):
         raise InputError(f"{path} holds no JSON object. Export the model again.")
     if document.get("schema") != SCHEMA_VERSION:
@@ -130,44 +199,34 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def _parse(document: Mapping[str, Any]) -> Manifest:
-    def specs(key: str) -> tuple[TensorSpec, ...]:
-        return tuple(
-            TensorSpec(spec["name"], spec["dtype"], tuple(spec["shape"])) for spec in document[key]
-        )
-
     source = document["source"]
     fields = {
         **document,
-        "inputs": specs("inputs"),
-        "outputs": specs("outputs"),
+        "components": {
+            name: Component(
+                file=component["file"],
+                inputs=_specs(component["inputs"]),
+                outputs=_specs(component["outputs"]),
+                precision=component["precision"],
+                quantization=component["quantization"],
+            )
+            for name, component in document["components"].items()
+        },
+        "caches": {
+            name: CacheMap(
+                layers=tuple((one[0], one[1], one[2], one[3]) for one in cache["layers"]),
+                heads=int(cache["heads"]),
+                head_size=int(cache["head_size"]),
+                dtype=str(cache["dtype"]),
+            )
+            for name, cache in document["caches"].items()
+        },
         "labels": tuple(document["labels"]),
-        "source": Source(source["base"], source["base_sha256"], tuple(source["adapters"])),
+        "source": Source(**{**source, "adapters": tuple(source["adapters"])}),
         "files": {name: FileRecord(**record) for name, record in document["files"].items()},
     }
     return Manifest(**fields)
 
 
-def integrity_errors(folder: Path, manifest: Manifest) -> list[str]:
-    """What differs between the folder and its manifest; an empty list when nothing does.
-
-    Missing, changed, unlisted and linked files are each named. Listed names that leave the folder
-    are refused before they are opened.
-    """
-    errors = []
-    root = folder.resolve()
-    for name, record in manifest.files.items():
-        path = folder / name
-        if path.is_symlink() or not path.resolve().is_relative_to(root):
-            errors.append(f"{name} leaves the folder, expected a plain file inside it")
-        elif not path.is_file():
-            errors.append(f"{name} is missing")
-        elif path.stat().st_size != record.size:
-            errors.append(f"{name} has {path.stat().st_size} bytes, expected {record.size}")
-        elif sha256(path) != record.sha256:
-            errors.append(f"{name} has another SHA-256 than the manifest says")
-    listed = {*manifest.files, MANIFEST_NAME}
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if not path.is_dir() and name not in listed:
-            errors.append(f"{name} is not listed in {MANIFEST_NAME}")
-    return errors
+def _specs(records: Any) -> tuple[TensorSpec, ...]:
+    return tuple(TensorSpec(one["name"], one["dtype"], tuple(one["shape"])) for one in records)

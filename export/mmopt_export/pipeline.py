@@ -1,69 +1,116 @@
 """The export: load, merge, trace, quantize, prove, and move into place."""
 
+import gc
 import importlib.metadata
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx_ir
 import torch
 from rich.console import Group, RenderableType
 
-from mmopt_export.adapters import adapter_scales, merge_adapter
-from mmopt_export.checkpoint import Checkpoint, load_checkpoint, weights_sha256
-from mmopt_export.files import require_new_folder, require_space, sha256, staged_folder
-from mmopt_export.graph import require_text_classifier, tensor_specs, text_inputs, trace
-from mmopt_export.manifest import FileRecord, Manifest, Source, record_files
+from mmopt_export.adapters.files import SUFFIX, write_adapter
+from mmopt_export.adapters.spec import AdapterSpec
+from mmopt_export.adapters.swap import add_defaults, swap_layers, swappable
+from mmopt_export.card import write_card
+from mmopt_export.checkpoint import Checkpoint, load_checkpoint
+from mmopt_export.files import require_output, require_space, sha256, staged_folder
+from mmopt_export.graph import tensor_specs, trace
+from mmopt_export.manifest import (
+    CacheMap,
+    Component,
+    FileRecord,
+    Manifest,
+    Source,
+    record_files,
+)
 from mmopt_export.parity import (
     Sample,
     StageParity,
     compare_samples,
-    make_grid,
+    is_random,
     parity_table,
+    stored_samples,
     write_parity,
 )
+from mmopt_export.parts import Part, Proof
+from mmopt_export.placement import Placement
 from mmopt_export.progress import Progress, silent
-from mmopt_export.providers import Target, get_target
-from mmopt_export.quantize import quantize_int8
-from mmopt_export.runtime import MODEL_NAME, Tensors, open_session, runtime_version
-from mmopt_export.texts import read_texts
-from mmopt_kernels.errors import CheckFailedError, InputError
+from mmopt_export.providers import AUTO, Target, get_target
+from mmopt_export.quantization import (
+    NothingToQuantizeError,
+    candidates,
+    choose,
+    quantize,
+    recipe_for,
+    rewrite_for_cpu,
+)
+from mmopt_export.runtime import MODEL_NAME, has_provider, open_session, runtime_version
+from mmopt_export.scoring import measure_of, metric_of
+from mmopt_export.signing import read_private_key, sign
+from mmopt_export.tasks import make_plan
+from mmopt_export.verification import prove_component
+from mmopt_kernels.errors import InputError, MmoptError
 
 MINIMUM_ONNXRUNTIME = "1.30"
+MAX_DROP = 0.05
+"""What `auto` may lose where nobody says: outputs that are off by a twentieth, which is a cosine of
+about 0.999, or a twentieth of the accuracy where there are labels."""
+
+_CPU = "CPUExecutionProvider"
+_FULL = "fp32"
 _TOOLS = ("torch", "transformers", "peft", "onnx", "onnxscript", "mmopt")
-_MAX_TEXTS = 256  # sentences that parity reads of the calibration file: 8 batches
-_BATCH = 32
-_NO_LIMIT = 1 << 20  # transformers writes 1e30 for a tokenizer without a limit
+# From wide to narrow: what a graph takes when it cannot have what was asked for the artifact.
+_WIDTHS = ("fp32", "bf16", "fp16", "int8", "int4")
 
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What `export` did and whether parity held."""
+    """What `export` did and whether parity and placement held.
+
+    Attributes:
+        path: the artifact.
+        status: as in the manifest.
+        size: bytes of all files.
+        stages: parity of every graph at every stage.
+        placement: of each graph, where its nodes ran.
+        quantization: the recipe of each graph, None for fp32.
+        warnings: what to know of the checkpoint and its adapters.
+    """
 
     path: Path
+    task: str
     precision: str
     status: str
     size: int
     files: dict[str, FileRecord]
     stages: tuple[StageParity, ...]
-    quantization: dict[str, Any] | None
+    placement: tuple[Placement, ...]
+    quantization: dict[str, dict[str, Any] | None]
+    warnings: tuple[str, ...]
 
     @property
     def exit_code(self) -> int:
-        """0 when every gating stage held, 1 otherwise."""
-        return 0 if self.status == "verified" else 1
+        """0 when all that could be checked here held, or its drift was accepted; 1 otherwise."""
+        return 1 if self.status == "failed" else 0
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON values."""
-        return {**asdict(self), "path": str(self.path)}
+        return {
+            **asdict(self),
+            "path": str(self.path),
+            "placement": [placement.to_dict() for placement in self.placement],
+        }
 
     def render(self) -> RenderableType:
-        """A parity table and one line on the artifact."""
+        """A parity table, the placement, and one line on the artifact."""
         return Group(
+            *(f"warning: {warning}" for warning in self.warnings),
             parity_table(self.stages),
-            f"{self.path}: {self.precision}, {self.size / 1e6:.1f} MB, {self.status}",
+            *(line for placement in self.placement for line in placement.lines()),
+            f"{self.path}: {self.task}, {self.precision}, {self.size / 1e6:.1f} MB, {self.status}",
         )
 
 
@@ -71,214 +118,405 @@ def export(
     model: str,
     output: Path,
     *,
-    adapters: Sequence[str] = (),
+    adapters: Sequence[str | AdapterSpec] = (),
+    swap: bool = False,
     target: str = "cpu",
-    precision: str = "fp32",
+    precision: str | None = None,
+    task: str | None = None,
     calibration: Path | None = None,
+    max_drop: float | None = None,
+    allow_drift: bool = False,
+    unproven: bool = False,
+    sign_key: Path | None = None,
+    force: bool = False,
     progress: Progress = silent,
 ) -> ExportReport:
-    """Turn a text classifier and its adapter into a verified ONNX artifact in `output`.
+    """Turn a model and its adapters into a verified ONNX artifact in `output`.
 
-    The adapter is merged in fp32. Logits of the merged PyTorch model are then compared with ONNX
+    Adapters are merged in fp32. Outputs of the merged PyTorch model are then compared with ONNX
     Runtime without optimizations, with them, and at the target's precision. The folder appears
-    only when complete; when parity does not hold it appears marked `failed`, and is not served.
+    only when complete; when parity or placement do not hold it appears marked `failed`, and is
+    not served.
 
     Args:
         model: a local folder or a hub id.
-        output: a new or an empty folder.
-        adapters: at most one PEFT LoRA folder or hub id.
+        output: a new or an empty folder, apart from what is read.
+        adapters: PEFT adapter folders or hub ids, each with a weight where it is not 1.
+        swap: keep LoRA adapters beside the graph, as inputs that a run chooses, instead of merging.
         target: a name of `mmopt_export.providers.TARGETS`.
-        precision: one that the target has.
-        calibration: JSON Lines with a `text` per line, on which parity is measured as well;
-            quantized artifacts are then gated on them, and their quantization fitted to them.
+        precision: one that the target has for this kind of model; None takes the target's default.
+            `auto` takes the narrowest that meets `max_drop`.
+        task: a name of `mmopt_export.tasks.TASKS`; None takes the architecture's.
+        calibration: JSON Lines of real inputs (`text`, `image` or `audio`), on which parity is
+            measured as well, and accuracy where they have a `label`; weights of few bits are gated
+            on them, and fitted to them.
+        max_drop: for `auto`, what outputs may be off, relative to them, or what accuracy may drop
+            where there are labels.
+        allow_drift: mark an artifact whose parity does not hold `accepted`, to be served all the
+            same.
+        unproven: where the target's provider is missing, prove on the CPU what can be, and mark the
+            artifact `unproven`: `mmopt verify --record` on its target then makes it `verified`.
+        sign_key: a private Ed25519 key in PEM, to sign the manifest with.
+        force: replace an artifact that is there.
 
     Raises:
         InputError: bad input, before anything is written (exit 2).
-        MmoptError: the trace failed, or the disk is full (exit 3).
+        MmoptError: the trace failed, the provider is missing, or the disk is full (exit 3).
     """
+    specs = [AdapterSpec.parse(one) if isinstance(one, str) else one for one in adapters]
     destination = get_target(target)
-    destination.require_precision(precision)
-    require_new_folder(output)
-    texts = read_texts(calibration).texts[:_MAX_TEXTS] if calibration else []
-    fitted = {"texts": len(texts), "sha256": sha256(calibration)} if calibration else None
-
-    with progress("load model", None):
-        checkpoint = load_checkpoint(model, adapters=adapters)
-    classifier, adapter_records = _merge(checkpoint)
-    require_text_classifier(classifier, checkpoint.tokenizer)
-    inputs = text_inputs(classifier, checkpoint.tokenizer)
-    max_length = _max_length(classifier, checkpoint.tokenizer)
-    weight_bytes = sum(p.numel() * p.element_size() for p in classifier.parameters())
-    # The fp32 graph, the copy that quantization prepares from it, and the quantized graph.
-    require_space(output, 3 * weight_bytes + (16 << 20))
-
-    with progress("trace", None):
-        graph = trace(classifier, inputs, max_length=max_length, target=target)
-    with staged_folder(output) as folder:
-        _write_tokenizer(checkpoint.tokenizer, folder, max_length)
-        samples = list(_samples(classifier, checkpoint.tokenizer, inputs, texts, max_length))
-        recipe, stages = _write_model(graph, folder, destination, precision, samples, progress)
-        if recipe is not None:
-            recipe["calibration"] = fitted
-        write_parity(folder, stages, samples)
+    if precision is not None:
+        destination.require_precision(None, precision)
+    if max_drop is not None and precision != AUTO:
+        raise InputError(
+            f"--max-drop is what --precision {AUTO} may lose, and --precision is {precision}. "
+            f"Pass --precision {AUTO}, or leave --max-drop out."
+        )
+    if swap and not specs:
+        raise InputError("--adapters swap needs an adapter, expected --adapter PATH.")
+    require_output(
+        output, sources=map(Path, [model, *(spec.path for spec in specs)]), replace=force
+    )
+    key = read_private_key(sign_key) if sign_key is not None else None
+    if calibration is not None and not calibration.is_file():
+        raise InputError(f"{calibration} does not exist, expected a JSON Lines file.")
+    provable = has_provider(destination.provider)
+    if not provable and not unproven:
+        raise MmoptError(
+            f"ONNX Runtime here has no {destination.provider}, on which --target {target} is "
+            "proven. Export on a machine that has it (`mmopt doctor` says what this one has), or "
+            "pass --unproven for an artifact that `mmopt verify --record` proves there."
+        )
+    provider = destination.provider if provable else _CPU
+    with staged_folder(output, replace=force) as folder:
+        traced = _trace(
+            model,
+            folder,
+            specs=specs,
+            swap=swap,
+            target=destination,
+            precision=precision,
+            task=task,
+            calibration=calibration,
+            progress=progress,
+        )
+        # Models and what traced them refer to themselves.
+        gc.collect()
+        components: dict[str, Component] = {}
+        stages: list[StageParity] = []
+        placements = []
+        for graph in traced.graphs:
+            component, held, placement = _finish(
+                graph,
+                folder,
+                target=destination,
+                provider=provider,
+                calibration=calibration,
+                max_drop=MAX_DROP if max_drop is None else max_drop,
+                progress=progress,
+            )
+            components[graph.name] = component
+            stages += held
+            placements.append(placement)
+        reached = max((one.precision for one in components.values()), key=_WIDTHS.index)
+        if traced.proof is not None:
+            with progress("parity: as a whole", None):
+                stages += traced.proof(folder, reached, provider)
+        write_parity(
+            folder,
+            stages,
+            [one for graph in traced.graphs for one in stored_samples(graph.samples)],
+        )
         holds = all(stage.holds for stage in stages if stage.gates)
-        labels = classifier.config.id2label
+        placed = all(placement.holds for placement in placements) or not provable
         manifest = Manifest(
             name=output.name,
-            task="text-classification",
-            architecture=type(classifier).__name__,
+            task=traced.task,
+            architecture=traced.architecture,
             target=target,
             provider=destination.provider,
-            precision=precision,
-            status="verified" if holds else "failed",
-            opset={domain or "ai.onnx": version for domain, version in graph.opset_imports.items()},
+            precision=reached,
+            status=_status(holds, placed, provable=provable, allow_drift=allow_drift),
+            opset=traced.opset,
             minimum_onnxruntime=MINIMUM_ONNXRUNTIME,
-            inputs=tensor_specs(graph.graph.inputs),
-            outputs=tensor_specs(graph.graph.outputs),
-            labels=tuple(str(labels[index]) for index in range(len(labels))),
-            max_length=max_length,
-            quantization=recipe,
-            source=Source(model, checkpoint.base_sha256, tuple(adapter_records)),
+            components=components,
+            caches={name: _typed(cache, components[name]) for name, cache in traced.caches.items()},
+            adapters=traced.adapters,
+            labels=traced.labels,
+            max_length=traced.max_length,
+            preprocessing=traced.preprocessing,
+            source=traced.source,
             tools={
                 **{tool: importlib.metadata.version(tool) for tool in _TOOLS},
                 # Two distributions, onnxruntime and onnxruntime-gpu, give this one package.
                 "onnxruntime": runtime_version(),
             },
-            files=record_files(folder),
+            files={},
         )
+        write_card(folder, manifest, stages)
+        manifest = manifest.with_files(record_files(folder))
         manifest.write(folder)
+        if key is not None:
+            sign(folder, key)
     return ExportReport(
         path=output,
-        precision=precision,
+        task=manifest.task,
+        precision=reached,
         status=manifest.status,
         size=sum(record.size for record in manifest.files.values()),
         files=manifest.files,
         stages=tuple(stages),
+        placement=tuple(placements),
+        quantization={name: one.quantization for name, one in components.items()},
+        warnings=traced.warnings,
+    )
+
+
+def _status(holds: bool, placed: bool, *, provable: bool, allow_drift: bool) -> str:
+    """What the artifact may be called; drift may be accepted, a node out of place may not."""
+    if not placed or not (holds or allow_drift):
+        return "failed"
+    if not provable:
+        return "unproven"
+    return "verified" if holds else "accepted"
+
+
+def _typed(cache: CacheMap, component: Component) -> CacheMap:
+    """The cache with the type that its buffers have in the finished graph."""
+    types = {spec.name: spec.dtype for spec in component.inputs}
+    return replace(cache, dtype=types[cache.layers[0][0]])
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """A traced part on disk, in fp32, what it is held against, and what becomes of it."""
+
+    name: str
+    kind: str
+    precision: str
+    folder: Path
+    file: Path
+    samples: list[Sample]
+    swapped: bool
+    alone: bool
+
+
+@dataclass(frozen=True)
+class _Traced:
+    """What is left of a model when its graphs are on disk: nothing here holds its weights."""
+
+    task: str
+    architecture: str
+    graphs: list[_Graph]
+    opset: dict[str, int]
+    caches: dict[str, CacheMap]
+    adapters: dict[str, dict[str, str]]
+    labels: tuple[str, ...]
+    max_length: int | None
+    preprocessing: dict[str, Any]
+    source: Source
+    warnings: tuple[str, ...]
+    proof: Proof | None
+
+
+def _trace(
+    model: str,
+    folder: Path,
+    *,
+    specs: Sequence[AdapterSpec],
+    swap: bool,
+    target: Target,
+    precision: str | None,
+    task: str | None,
+    calibration: Path | None,
+    progress: Progress,
+) -> _Traced:
+    """Load, merge, trace every part into `folder`, and run the samples through PyTorch.
+
+    When it returns the model's memory is free again for the sessions that it is held against.
+    """
+    with progress("load model", None):
+        checkpoint = load_checkpoint(model, adapters=specs, adapt="swap" if swap else "merge")
+    plan = make_plan(checkpoint, task=task, calibration=calibration)
+    wanted = precision or target.default_precision(plan.kind)
+    target.require_precision(plan.kind, wanted)
+    weight_bytes = sum(p.numel() * p.element_size() for p in checkpoint.model.parameters())
+    # The fp32 graph, the copy that quantization prepares from it, and the quantized graph.
+    require_space(folder, 3 * weight_bytes + (16 << 20))
+    plan.write(folder)
+    if plan.write_for is not None:
+        plan.write_for(folder, target.provider)
+    alone = len(plan.parts) == 1
+    graphs = []
+    opset: dict[str, int] = {}
+    for part in plan.parts:
+        label = "" if alone else f" {part.name}"
+        if swapped := checkpoint.swap is not None and bool(swap_layers(part.module)):
+            part = swappable(part, checkpoint.swap)
+        with progress(f"trace{label}", None):
+            graph = trace(part, target=target.name)
+            if target.name == "cpu" and part.tracer is None:
+                rewrite_for_cpu(graph)
+        place = folder if alone else folder / part.name
+        place.mkdir(exist_ok=True)
+        width = _width(target, part.kind or plan.kind, wanted)
+        # What is not fp32 in the end is made from the fp32 graph, which is removed then.
+        file = place / (MODEL_NAME if width == _FULL and not swapped else f"{_FULL}.onnx")
+        onnx_ir.save(graph, file, external_data=f"{file.name}.data")
+        opset |= {domain or "ai.onnx": version for domain, version in graph.opset_imports.items()}
+        with progress(f"PyTorch's outputs{label}", None):
+            samples = list(part.sampled(target.name))
+        graphs.append(
+            _Graph(
+                name=part.name,
+                kind=part.kind or plan.kind,
+                precision=width,
+                folder=place,
+                file=file,
+                samples=samples,
+                swapped=swapped,
+                alone=alone,
+            )
+        )
+    proof = plan.proof() if plan.proof is not None else None
+    adapter_files = _write_adapters(folder, checkpoint, plan.parts)
+    _let_go(checkpoint.model)
+    return _Traced(
+        task=plan.task,
+        architecture=type(checkpoint.model).__name__,
+        graphs=graphs,
+        opset=opset,
+        caches=dict(plan.caches),
+        adapters=adapter_files,
+        labels=plan.labels,
+        max_length=plan.max_length,
+        preprocessing=dict(plan.preprocessing),
+        source=Source(
+            model, checkpoint.base_sha256, checkpoint.records, quantized=checkpoint.quantized
+        ),
+        warnings=checkpoint.warnings,
+        proof=proof,
+    )
+
+
+def _let_go(model: torch.nn.Module) -> None:
+    """Free the weights. Rewriters of ONNX graphs keep the last graph that they saw, and what was in
+    it, so that letting go of the model alone frees nothing."""
+    for value in (*model.parameters(), *model.buffers()):
+        value.data = torch.empty(0, dtype=value.dtype)
+
+
+def _width(target: Target, kind: str, wanted: str) -> str:
+    """What a graph of `kind` takes in an artifact of `wanted`: that, or the next wider it can have.
+
+    A vision tower beside a decoder of int4 has int8 on the CPU, say.
+    """
+    if wanted == AUTO:
+        return AUTO
+    return _from(target, kind, wanted)[0]
+
+
+def _from(target: Target, kind: str, wanted: str) -> list[str]:
+    """The precisions that `kind` can have there from `wanted` on, narrowest first."""
+    available = target.capability(kind).precisions
+    wider = _WIDTHS[: _WIDTHS.index(wanted) + 1]
+    fitting = [one for one in reversed(wider) if one in available]
+    return fitting or [target.default_precision(kind)]
+
+
+def _write_adapters(
+    folder: Path, checkpoint: Checkpoint, parts: Sequence[Part]
+) -> dict[str, dict[str, str]]:
+    """Write `.onnx_adapter` files; by adapter and graph, the file."""
+    if checkpoint.swap is None:
+        return {}
+    adapted = [part for part in parts if swap_layers(part.module)]
+    if not adapted:
+        raise InputError("no layer that the adapters change is in a graph of this artifact.")
+    written: dict[str, dict[str, str]] = {}
+    for adapter in checkpoint.swap.adapters:
+        for part in adapted:
+            name = f"{adapter.name}{SUFFIX}"
+            file = Path("adapters", *(() if len(parts) == 1 else (part.name,)), name)
+            write_adapter(folder / file, checkpoint.swap.arrays(part.module, adapter))
+            written.setdefault(adapter.name, {})[part.name] = file.as_posix()
+    return written
+
+
+def _finish(
+    graph: _Graph,
+    folder: Path,
+    *,
+    target: Target,
+    provider: str,
+    calibration: Path | None,
+    max_drop: float,
+    progress: Progress,
+) -> tuple[Component, list[StageParity], Placement]:
+    """Bring a graph to its precision as `model.onnx`, and hold every stage of it."""
+    stages: list[StageParity] = []
+    model = graph.folder / MODEL_NAME
+
+    def hold(stage: str, path: Path, precision: str, *, optimize: bool = True) -> None:
+        with progress(f"parity of {graph.name}: {stage}", None):
+            session = open_session(path, provider=provider, optimize=optimize)
+            stages.extend(compare_samples(stage, precision, graph.samples, session))
+
+    hold("fp32-unoptimized", graph.file, _FULL, optimize=False)
+    precision, recipe = _FULL, None
+    if graph.file != model:
+        hold("fp32", graph.file, _FULL)
+        with progress(f"quantize {graph.name}", None):
+            precision, recipe = _quantize(graph, model, target, provider, max_drop)
+        graph.file.unlink()
+        graph.file.with_name(f"{graph.file.name}.data").unlink(missing_ok=True)
+        if graph.swapped:
+            add_defaults(model)
+        if recipe is not None and calibration is not None:
+            recipe["calibration"] = {"sha256": sha256(calibration)}
+    with progress(f"parity and placement of {graph.name}", None):
+        held, placement = prove_component(
+            graph.name, model, precision, graph.samples, provider=provider
+        )
+    final = onnx_ir.load(model).graph
+    component = Component(
+        file=model.relative_to(folder).as_posix(),
+        inputs=tensor_specs(final.inputs),
+        outputs=tensor_specs(final.outputs),
+        precision=precision,
         quantization=recipe,
     )
+    return component, [*stages, *held], placement
 
 
-def _merge(checkpoint: Checkpoint) -> tuple[Any, list[dict[str, Any]]]:
-    if not checkpoint.adapters:
-        return checkpoint.model, []
-    records = [
-        {
-            "path": str(folder),
-            "sha256": weights_sha256(folder),
-            "scale": adapter_scales(checkpoint.model),
-        }
-        for folder in checkpoint.adapters
-    ]
-    return merge_adapter(checkpoint.model).eval(), records
-
-
-def _max_length(model: Any, tokenizer: Any) -> int:
-    """Tokens that fit: the fewer of what the tokenizer was made for and the position table has.
-
-    Raises:
-        InputError: neither says how many.
-    """
-    limits = [tokenizer.model_max_length]
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if positions is not None:
-        # RoBERTa and its relatives count positions from behind the padding id.
-        paddings = [
-            module.padding_idx
-            for name, module in model.named_modules()
-            if name.endswith(".position_embeddings") and isinstance(module, torch.nn.Embedding)
-        ]
-        offset = next((index + 1 for index in paddings if index is not None), 0)
-        limits.append(positions - offset)
-    longest = int(min(limits))
-    if longest > _NO_LIMIT:
-        raise InputError(
-            "neither the tokenizer nor the config says how long a text may be. Set the "
-            "tokenizer's model_max_length and save it again."
-        )
-    return longest
-
-
-def _write_tokenizer(tokenizer: Any, folder: Path, max_length: int) -> None:
-    """Save the tokenizer with padding and truncation fixed, so that serving needs no more."""
-    tokenizer.save_pretrained(folder)
-    fast = tokenizer.backend_tokenizer
-    fast.enable_truncation(max_length=max_length)
-    fast.enable_padding(
-        direction=tokenizer.padding_side,
-        pad_id=tokenizer.pad_token_id,
-        pad_type_id=tokenizer.pad_token_type_id,
-        pad_token=tokenizer.pad_token,
+def _quantize(
+    graph: _Graph, model: Path, target: Target, provider: str, max_drop: float
+) -> tuple[str, dict[str, Any] | None]:
+    """Write `model` from the fp32 graph; its precision and the record of how."""
+    # Real inputs where there are any: random ids make other activations than language does.
+    real = [sample for sample in graph.samples if not is_random(sample.kind)]
+    samples = real or graph.samples
+    feeds = [sample.feeds for sample in samples]
+    if graph.precision != AUTO:
+        for width in _from(target, graph.kind, graph.precision):
+            recipe = recipe_for(target, graph.kind, width)
+            try:
+                record = quantize(graph.file, model, recipe, feeds)
+            except NothingToQuantizeError:
+                # One of several graphs may have no weight, and takes the next wider precision.
+                if graph.alone:
+                    raise
+                continue
+            return width, record if recipe.method != "none" else None
+    record = choose(
+        graph.file,
+        model,
+        candidates(target, graph.kind),
+        feeds,
+        None,
+        max_drop,
+        metric=metric_of(samples),
+        provider=provider,
     )
-    fast.save(str(folder / "tokenizer.json"))
-
-
-def _samples(
-    model: Any, tokenizer: Any, inputs: Sequence[str], texts: Sequence[str], max_length: int
-) -> Iterator[Sample]:
-    """The batches of parity with the PyTorch model's logits.
-
-    Raises:
-        CheckFailedError: the PyTorch model itself gives NaN or Inf.
-    """
-    grid = make_grid(
-        inputs,
-        vocabulary=model.config.vocab_size,
-        pad_id=tokenizer.pad_token_id,
-        longest=max_length,
-    )
-    # Sorted by length, so that little of a batch is padding.
-    ordered = sorted(texts, key=len)
-    batches: list[tuple[str, Tensors]] = [("grid", feeds) for feeds in grid]
-    for start in range(0, len(ordered), _BATCH):
-        encoded = tokenizer(
-            ordered[start : start + _BATCH],
-            padding=True,
-            truncation=True,
-            max_length=max_length,
-            return_tensors="np",
-        )
-        batches.append(("text", {name: encoded[name].astype(np.int64) for name in inputs}))
-    for kind, feeds in batches:
-        with torch.no_grad():
-            output = model(**{name: torch.from_numpy(ids) for name, ids in feeds.items()})
-        logits = output.logits.numpy()
-        if not np.isfinite(logits).all():
-            raise CheckFailedError(
-                f"the PyTorch model gives NaN or Inf on {kind} samples; there is nothing to hold "
-                "an export against. Check its training."
-            )
-        yield Sample(kind, feeds, logits)
-
-
-def _write_model(
-    graph: onnx_ir.Model,
-    folder: Path,
-    target: Target,
-    precision: str,
-    samples: Sequence[Sample],
-    progress: Progress,
-) -> tuple[dict[str, Any] | None, list[StageParity]]:
-    """Write `model.onnx` at `precision`; return the recipe and every parity stage."""
-    model = folder / MODEL_NAME
-    full = model if precision == "fp32" else folder / "fp32.onnx"
-    onnx_ir.save(graph, full, external_data=f"{full.name}.data")
-    stages: list[StageParity] = []
-
-    def hold(stage: str, path: Path, *, optimize: bool) -> None:
-        with progress(f"parity: {stage}", None):
-            session = open_session(path, provider=target.provider, optimize=optimize)
-            of = "fp32" if path == full else precision
-            stages.extend(compare_samples(stage, of, samples, session))
-
-    hold("fp32-unoptimized", full, optimize=False)
-    hold("fp32", full, optimize=True)
-    if precision == "fp32":
-        return None, stages
-    with progress("quantize", None):
-        # Sentences where there are any: random ids make other activations than language does.
-        sentences = [sample.feeds for sample in samples if sample.kind == "text"]
-        recipe = quantize_int8(full, model, sentences or [sample.feeds for sample in samples])
-    full.unlink()
-    full.with_name(f"{full.name}.data").unlink()
-    hold(precision, model, optimize=True)
-    return recipe, stages
+    record["auto"]["measure"] = measure_of(samples)
+    return str(record["recipe"]["precision"]), record

@@ -2,19 +2,26 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 from packaging.version import Version
 
-from mmopt_export.manifest import Manifest, integrity_errors, read_manifest
+from mmopt_export.integrity import require_integrity
+from mmopt_export.manifest import Manifest, read_manifest
 from mmopt_export.threads import usable_cores
 from mmopt_kernels.errors import CheckFailedError, InputError, MmoptError
+
+if TYPE_CHECKING:
+    from mmopt_export.adapters.files import AdapterSet
 
 Tensors = dict[str, npt.NDArray[Any]]
 
 MODEL_NAME = "model.onnx"
+_TOKENIZER_NAME = "tokenizer.json"
+MODEL = "model"
+"""The component of an artifact that has one."""
 
 
 def open_session(
@@ -55,6 +62,9 @@ def open_session(
     options.log_severity_level = 4
     levels = onnxruntime.GraphOptimizationLevel
     options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
+    if not optimize:
+        # Nobody times such a session, and packed weights are a second copy of them.
+        options.add_session_config_entry("session.disable_prepacking", "1")
     if profile is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)
@@ -68,6 +78,44 @@ def open_session(
             "Run `mmopt doctor`."
         )
     return session
+
+
+def run_graph(session: Any, names: Sequence[str], feeds: Tensors) -> list[Any]:
+    """Run a graph on feeds whose floats may be wider than its inputs: a KV cache in fp16, say.
+
+    Args:
+        names: of the outputs.
+        feeds: by input; fp32 arrays become the graph's fp16 or bf16.
+
+    Returns:
+        The outputs in their order; None for one in bf16, which NumPy has no type for.
+    """
+    types = {one.name: one.type for one in session.get_inputs()}
+    if "tensor(bfloat16)" not in types.values():
+        typed = {
+            name: value.astype(np.float16)
+            if types.get(name) == "tensor(float16)" and value.dtype == np.float32
+            else value
+            for name, value in feeds.items()
+        }
+        values: list[Any] = session.run(list(names), typed)
+        return values
+    from ml_dtypes import bfloat16
+    from onnx import TensorProto
+    from onnxruntime import OrtValue
+
+    values = session.run_with_ort_values(
+        list(names),
+        {
+            name: OrtValue.ortvalue_from_numpy_with_onnx_type(
+                value.astype(bfloat16).view(np.uint16), TensorProto.BFLOAT16
+            )
+            if types.get(name) == "tensor(bfloat16)"
+            else OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value))
+            for name, value in feeds.items()
+        },
+    )
+    return [None if "bfloat16" in one.data_type() else one.numpy() for one in values]
 
 
 def runtime_errors() -> tuple[type[Exception], ...]:
@@ -97,26 +145,46 @@ class Runner:
 
     Raises:
         InputError: the folder is not an artifact.
-        CheckFailedError: its parity check had failed, or a file differs from the manifest.
+        CheckFailedError: its parity check had failed or was never made on its target, or a file
+            differs from the manifest.
         MmoptError: ONNX Runtime is missing or older than the artifact needs.
     """
 
     def __init__(self, artifact: Path, *, threads: int | None = None) -> None:
         self.path = artifact
         self.manifest: Manifest = read_manifest(artifact)
-        if self.manifest.status != "verified":
-            raise CheckFailedError(
-                f"{artifact} is marked {self.manifest.status}: its parity check did not hold. "
-                "Read parity.json there and export again."
-            )
+        require_proven(artifact, self.manifest)
         require_integrity(artifact, self.manifest)
         require_runtime(self.manifest)
         self.provider = self.manifest.provider
-        self._session = open_session(artifact / MODEL_NAME, provider=self.provider, threads=threads)
-        self._tokenizer = _load_tokenizer(artifact)
+        self._sessions = {
+            name: open_session(artifact / part.file, provider=self.provider, threads=threads)
+            for name, part in self.manifest.components.items()
+        }
+        self._adapters: dict[str, AdapterSet] = {}
+        self._tokenizer = _load_tokenizer(artifact, self.manifest)
 
-    def tokenize(self, texts: Sequence[str]) -> Tensors:
-        """Encode texts as the graph's inputs, int64 `[B, L]`, padded to the longest of them."""
+    def session(self, component: str = MODEL) -> Any:
+        """The ONNX Runtime session of a component.
+
+        Raises:
+            InputError: the artifact has no component of that name.
+        """
+        if component not in self._sessions:
+            raise InputError(
+                f"{self.path} has no graph {component!r}, expected one of: "
+                f"{', '.join(self._sessions)}."
+            )
+        return self._sessions[component]
+
+    def tokenize(self, texts: Sequence[str], component: str = MODEL) -> Tensors:
+        """Encode texts as the inputs of a graph, int64 `[B, L]`, padded to the longest of them.
+
+        Raises:
+            InputError: the artifact is not for text.
+        """
+        if self._tokenizer is None:
+            raise InputError(f"{self.path} is for {self.manifest.task} and reads no text.")
         encodings = self._tokenizer.encode_batch(list(texts))
         columns = {
             "input_ids": [encoding.ids for encoding in encodings],
@@ -125,13 +193,43 @@ class Runner:
         }
         return {
             spec.name: np.asarray(columns[spec.name], dtype=np.int64)
-            for spec in self.manifest.inputs
+            for spec in self.manifest.components[component].inputs
+            if spec.name in columns
         }
 
-    def run(self, feeds: Mapping[str, npt.NDArray[Any]]) -> Tensors:
-        """Run the graph on named inputs and return its named outputs."""
-        names = [spec.name for spec in self.manifest.outputs]
-        values = self._session.run(names, dict(feeds))
+    def adapters(self, component: str = MODEL) -> "AdapterSet":
+        """The adapters that runs of a graph may choose; read when they are first asked for."""
+        if component not in self._adapters:
+            from mmopt_export.adapters.files import AdapterSet
+
+            files = {
+                name: self.path / parts[component]
+                for name, parts in self.manifest.adapters.items()
+                if component in parts
+            }
+            self._adapters[component] = AdapterSet(self.session(component), files)
+        return self._adapters[component]
+
+    def run(
+        self,
+        feeds: Mapping[str, npt.NDArray[Any]],
+        component: str = MODEL,
+        *,
+        adapter: str | None = None,
+    ) -> Tensors:
+        """Run a graph on named inputs and return its named outputs.
+
+        Args:
+            adapter: one of `adapters(component).names`; None runs the base alone.
+
+        Raises:
+            InputError: there is no such adapter.
+        """
+        session = self.session(component)
+        if adapter is not None:
+            feeds = {**feeds, **self.adapters(component).feeds(adapter)}
+        names = [spec.name for spec in self.manifest.components[component].outputs]
+        values = session.run(names, dict(feeds))
         return dict(zip(names, values, strict=True))
 
     def classify(self, texts: Sequence[str], *, batch_size: int = 32) -> npt.NDArray[np.float32]:
@@ -144,13 +242,28 @@ class Runner:
         return logits
 
 
-def require_integrity(artifact: Path, manifest: Manifest) -> None:
-    """Raise CheckFailedError naming each file that differs from the manifest."""
-    if errors := integrity_errors(artifact, manifest):
+def require_proven(artifact: Path, manifest: Manifest) -> None:
+    """Raise CheckFailedError unless parity was checked and holds, or its drift was accepted."""
+    if manifest.status in ("verified", "accepted"):
+        return
+    if manifest.status == "unproven":
         raise CheckFailedError(
-            f"{artifact} is not what was exported: {'; '.join(errors)}. "
-            "Copy the artifact again or export the model again."
+            f"{artifact} was never run on {manifest.provider}. "
+            f"Run `mmopt verify --record {artifact}` on a machine that has it."
         )
+    raise CheckFailedError(
+        f"{artifact} is marked {manifest.status}: its parity check did not hold. "
+        "Read parity.json there and export again."
+    )
+
+
+def has_provider(provider: str) -> bool:
+    """Whether the ONNX Runtime that is installed has an execution provider."""
+    try:
+        import onnxruntime
+    except ImportError:
+        return False  # open_session says it better
+    return provider in onnxruntime.get_available_providers()
 
 
 def require_runtime(manifest: Manifest) -> None:
@@ -166,11 +279,11 @@ def require_runtime(manifest: Manifest) -> None:
         )
 
 
-def _load_tokenizer(artifact: Path) -> Any:
+def _load_tokenizer(artifact: Path, manifest: Manifest) -> Any:
+    """The tokenizer of an artifact that reads text; None for another."""
+    if _TOKENIZER_NAME not in manifest.files:
+        return None
     from tokenizers import Tokenizer
 
-    path = artifact / "tokenizer.json"
-    if not path.is_file():
-        raise InputError(f"{artifact} has no tokenizer.json. Export the model again.")
     # Truncation, padding token and side were fixed in the file at export.
-    return Tokenizer.from_file(str(path))
+    return Tokenizer.from_file(str(artifact / _TOKENIZER_NAME))

@@ -321,10 +321,12 @@ def _open_artifact(source: str) -> _Variant:
     runner = Runner(Path(source), threads=torch.get_num_threads())
     fill = {"attention_mask": np.ones_like, "token_type_ids": np.zeros_like}
     names = [spec.name for spec in runner.manifest.inputs]
-    if strange := sorted(set(names) - {"input_ids", *fill}):
+    longest = runner.manifest.max_length
+    strange = sorted(set(names) - {"input_ids", *fill})
+    if strange or longest is None:
         raise InputError(
-            f"{source} takes {', '.join(strange)}; bench run feeds input_ids, attention_mask and "
-            "token_type_ids only. Pass the artifact of a text encoder."
+            f"{source} takes {', '.join(strange) or 'no text'}; bench run feeds input_ids, "
+            "attention_mask and token_type_ids only. Pass the artifact of a text encoder."
         )
 
     def feed(ids: TokenIds) -> dict[str, TokenIds]:
@@ -347,7 +349,7 @@ def _open_artifact(source: str) -> _Variant:
 
     # The Runner has read the same file.
     vocabulary = Tokenizer.from_file(str(Path(source) / "tokenizer.json")).get_vocab_size()
-    return _Variant(source, "ort", prepare, vocabulary, runner.manifest.max_length, allocated)
+    return _Variant(source, "ort", prepare, vocabulary, longest, allocated)
 
 
 def _check_lengths(variants: Sequence[_Variant], grid: Sequence[GridPoint]) -> None:

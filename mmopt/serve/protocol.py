@@ -249,6 +249,7 @@ def _texts(tensor: Mapping[str, Any]) -> tuple[str, ...]:
 def _feeds(tensors: Mapping[str, Mapping[str, Any]], manifest: Manifest) -> Tensors:
     feeds = {}
     known: dict[str, tuple[str, int]] = {}
+    longest = manifest.max_length
     for spec in manifest.inputs:
         tensor = tensors[spec.name]
         _require_datatype(spec.name, tensor, _DATATYPES[spec.dtype])
@@ -267,10 +268,10 @@ def _feeds(tensors: Mapping[str, Mapping[str, Any]], manifest: Manifest) -> Tens
                     f"{spec.name} has shape {list(shape)}, expected {want} to be {agreed} as in "
                     f"{first}."
                 )
-            if axis > 0 and size > manifest.max_length:
+            if axis > 0 and longest is not None and size > longest:
                 raise RequestError(
-                    f"{spec.name} has shape {list(shape)}, expected at most "
-                    f"{manifest.max_length} for {want}. Truncate the input."
+                    f"{spec.name} has shape {list(shape)}, expected at most {longest} for {want}. "
+                    "Truncate the input."
                 )
         if shape:
             _require_batch(spec.name, shape[0])

@@ -1,16 +1,50 @@
 """The parity gate: NaN never passes, thresholds gate, unmeasured figures are None."""
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 
-from mmopt_export.parity import compare, make_grid
+from mmopt_export.parity import (
+    Sample,
+    StageParity,
+    compare_samples,
+    condensed,
+    read_samples,
+    stored_samples,
+    write_parity,
+)
+from mmopt_kernels.errors import InputError
 
 GOOD = np.array([[1.0, -2.0, 0.5], [0.3, 0.1, 4.0]], dtype=np.float32)
 
 
+class Session:
+    """Answers with fixed outputs in the place of ONNX Runtime."""
+
+    def __init__(self, **outputs: Any) -> None:
+        self._outputs = outputs
+
+    def get_inputs(self) -> list[Any]:
+        return []
+
+    def run(self, names: list[str], _feeds: object) -> list[np.ndarray]:
+        return [self._outputs[name] for name in names]
+
+
+def compare(
+    precision: str, expected: np.ndarray, actual: np.ndarray, *, kind: str = "text", **fields: Any
+) -> StageParity:
+    sample = Sample("model", kind, {}, {"logits": expected}, scores=("logits",), **fields)
+    (stage,) = compare_samples(precision, precision, [sample], Session(logits=actual))
+    return stage
+
+
 def test_equal_logits_hold() -> None:
-    stage = compare("fp32", "fp32", "grid", GOOD, GOOD.copy(), gates=True)
+    stage = compare("fp32", GOOD, GOOD.copy())
     assert stage.holds
+    assert stage.rows == 2
     assert stage.max_abs == 0
     assert stage.cosine == pytest.approx(1)
     assert stage.argmax_agreement == 1
@@ -22,45 +56,140 @@ def test_a_value_that_is_not_finite_never_holds(value: float, side: str) -> None
     broken = GOOD.copy()
     broken[0, 1] = value
     pair = (broken, GOOD) if side == "expected" else (GOOD, broken)
-    stage = compare("fp32", "fp32", "grid", *pair, gates=True)
+    stage = compare("fp32", *pair)
     assert not stage.holds
     assert not stage.finite
     assert stage.max_abs is None
     assert stage.cosine is None
 
 
+def test_one_sample_that_is_not_finite_spoils_the_others_of_its_kind() -> None:
+    class Second(Session):
+        calls = 0
+
+        def run(self, names: list[str], _feeds: object) -> list[np.ndarray]:
+            self.calls += 1
+            return [GOOD if self.calls == 1 else GOOD * np.float32(np.nan)]
+
+    samples = [Sample("model", "text", {}, {"logits": GOOD}) for _ in range(2)]
+    (stage,) = compare_samples("fp32", "fp32", samples, Second())
+    assert not stage.finite
+    assert not stage.holds
+
+
 def test_fp32_fails_beyond_its_absolute_threshold_even_at_a_good_cosine() -> None:
-    stage = compare("fp32", "fp32", "grid", GOOD, GOOD + np.float32(2e-4), gates=True)
+    stage = compare("fp32", GOOD, GOOD + np.float32(5e-4))
     assert stage.cosine is not None
     assert stage.cosine > 0.9999
     assert not stage.holds
 
 
+def test_the_absolute_threshold_grows_with_the_size_of_the_output() -> None:
+    large = GOOD * np.float32(100)
+    assert compare("fp32", large, large + np.float32(5e-3)).holds
+    assert not compare("fp32", large, large + np.float32(5e-2)).holds
+
+
 def test_int8_fails_below_its_cosine() -> None:
-    turned = GOOD[:, ::-1].copy()
-    assert not compare("int8", "int8", "text", GOOD, turned, gates=True).holds
-    assert compare("int8", "int8", "text", GOOD, GOOD * np.float32(1.01), gates=True).holds
+    assert not compare("int8", GOOD, GOOD[:, ::-1].copy()).holds
+    assert compare("int8", GOOD, GOOD * np.float32(1.01)).holds
 
 
 def test_an_all_zero_output_does_not_pass_for_a_direction() -> None:
-    stage = compare("int8", "int8", "text", GOOD, np.zeros_like(GOOD), gates=True)
+    stage = compare("int8", GOOD, np.zeros_like(GOOD))
     assert stage.cosine == 0
     assert not stage.holds
 
 
 def test_another_shape_never_holds() -> None:
-    assert not compare("fp32", "fp32", "grid", GOOD, GOOD[:1], gates=True).holds
+    assert not compare("fp32", GOOD, GOOD[:1]).holds
 
 
-def test_the_grid_covers_one_token_and_padding_and_repeats() -> None:
-    inputs = ["input_ids", "attention_mask"]
-    grid = make_grid(inputs, vocabulary=50, pad_id=3, longest=20)
-    again = make_grid(inputs, vocabulary=50, pad_id=3, longest=20)
-    assert (1, 1) in [feeds["input_ids"].shape for feeds in grid]
-    assert max(feeds["input_ids"].shape[1] for feeds in grid) == 20
-    padded = [feeds for feeds in grid if not feeds["attention_mask"].all()]
-    assert padded
-    for feeds in padded:
-        assert (feeds["input_ids"][feeds["attention_mask"] == 0] == 3).all()
-    for one, two in zip(grid, again, strict=True):
-        np.testing.assert_array_equal(one["input_ids"], two["input_ids"])
+def test_integers_must_be_equal() -> None:
+    codes = np.array([[1, 2, 3]])
+    assert compare("int4", codes, codes.copy()).holds
+    assert not compare("int4", codes, codes + np.array([[0, 0, 1]])).holds
+
+
+def test_positions_that_mean_nothing_are_not_compared() -> None:
+    expected = np.zeros((2, 2, 3), np.float32)
+    expected[:, 0] = GOOD
+    actual = expected.copy()
+    actual[:, 1] = np.nan
+    valid = {"logits": np.array([[True, False], [True, False]])}
+    stage = compare("fp32", expected, actual, valid=valid)
+    assert stage.holds
+    assert stage.rows == 2
+    actual[0, 0, 0] += 1
+    assert not compare("fp32", expected, actual, valid=valid).holds
+
+
+def test_a_mask_lies_on_the_leading_dimensions() -> None:
+    cache = np.ones((2, 4, 3, 5), np.float32)
+    cache[1, :, 2] = np.nan
+    valid = {"logits": np.array([[[True] * 3], [[True, True, False]]])}
+    assert compare("fp32", cache, np.nan_to_num(cache, nan=7.0), valid=valid).rows == 4 * (3 + 2)
+
+
+def test_weights_of_few_bits_gate_on_real_samples_where_there_are_any() -> None:
+    samples = [Sample("model", kind, {}, {"logits": GOOD}) for kind in ("grid", "text")]
+    session = Session(logits=GOOD)
+    gates = {s.kind: s.gates for s in compare_samples("int8", "int8", samples, session)}
+    assert gates == {"grid": False, "text": True}
+    gates = {s.kind: s.gates for s in compare_samples("fp16", "fp16", samples, session)}
+    assert gates == {"grid": True, "text": True}
+    (alone,) = compare_samples("int8", "int8", samples[:1], session)
+    assert alone.gates
+
+
+def test_stored_samples_come_back_as_they_were(tmp_path: Path) -> None:
+    samples = [
+        Sample(
+            "decoder",
+            kind,
+            {"ids": np.arange(size)[None]},
+            {"logits": GOOD * np.float32(size)},
+            valid={"logits": np.array([True, False])},
+            scores=("logits",),
+        )
+        for kind in ("grid", "text")
+        for size in range(1, 8)
+    ]
+    stored = stored_samples(samples)
+    assert [(one.kind, one.feeds["ids"].size) for one in stored] == [
+        (kind, size) for kind in ("grid", "text") for size in (1, 3, 5, 7)
+    ]
+    write_parity(tmp_path, [], stored)
+    for one, again in zip(stored, read_samples(tmp_path), strict=True):
+        assert (one.component, one.kind, one.scores) == (again.component, again.kind, again.scores)
+        for group in ("feeds", "expected", "valid"):
+            want, got = getattr(one, group), getattr(again, group)
+            assert want.keys() == got.keys()
+            for name in want:
+                np.testing.assert_array_equal(want[name], got[name])
+                assert want[name].dtype == got[name].dtype
+
+
+def test_samples_that_do_not_belong_to_the_record_are_bad_input(tmp_path: Path) -> None:
+    write_parity(tmp_path, [], [Sample("model", "text", {"x": GOOD}, {"logits": GOOD})])
+    (tmp_path / "samples.safetensors").write_bytes(b"not tensors")
+    with pytest.raises(InputError, match="no samples that parity can be checked on"):
+        read_samples(tmp_path)
+
+
+def test_a_reader_sees_one_row_for_a_cache_and_for_all_samples_that_were_made_up() -> None:
+    outputs = {"logits": GOOD, **{f"present.{layer}.key": GOOD for layer in range(3)}}
+    samples = [
+        Sample("model", kind, {}, outputs, scores=("logits",))
+        for kind in ("prefill", "decode", "text")
+    ]
+    worse = outputs | {"present.1.key": GOOD + np.float32(1e-5)}
+    rows = condensed(compare_samples("fp32", "fp32", samples, Session(**worse)))
+    assert [(row.kind, row.output) for row in rows] == [
+        ("made up", "logits"),
+        ("made up", "present.*.key"),
+        ("text", "logits"),
+        ("text", "present.*.key"),
+    ]
+    assert rows[1].rows == 12
+    assert rows[1].max_abs == pytest.approx(1e-5, rel=0.1)

@@ -26,7 +26,7 @@ from tokenizers import models, pre_tokenizers
 
 from mmopt.serve.app import create_app
 from mmopt.serve.queue import RunQueue
-from mmopt_export.manifest import Manifest, Source, TensorSpec, record_files
+from mmopt_export.manifest import Component, Manifest, Source, TensorSpec, record_files
 from mmopt_export.runtime import Runner
 
 WORDS = ("[PAD]", "[UNK]", "good", "bad", "nan", "hold", "fail", "ready")
@@ -126,14 +126,23 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
         status="verified",
         opset={"ai.onnx": 20},
         minimum_onnxruntime="1.30",
-        inputs=(
-            TensorSpec("input_ids", "int64", ("batch", "sequence")),
-            TensorSpec("attention_mask", "int64", ("batch", "sequence")),
-        ),
-        outputs=(TensorSpec("logits", "float32", ("batch", 2)),),
+        components={
+            "model": Component(
+                file="model.onnx",
+                inputs=(
+                    TensorSpec("input_ids", "int64", ("batch", "sequence")),
+                    TensorSpec("attention_mask", "int64", ("batch", "sequence")),
+                ),
+                outputs=(TensorSpec("logits", "float32", ("batch", 2)),),
+                precision="fp32",
+                quantization=None,
+            )
+        },
+        caches={},
+        adapters={},
+        preprocessing={},
         labels=("negative", "positive"),
         max_length=8,
-        quantization=None,
         source=Source("tiny", "0" * 64, ()),
         tools={},
         files=record_files(folder),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mmopt.serve import protocol
-from mmopt_export.manifest import Manifest, Source, TensorSpec
+from mmopt_export.manifest import Component, Manifest, Source, TensorSpec
 from mmopt_kernels.errors import InputError
 
 MANIFEST = Manifest(
@@ -21,14 +21,23 @@ MANIFEST = Manifest(
     status="verified",
     opset={"ai.onnx": 20},
     minimum_onnxruntime="1.30",
-    inputs=(
-        TensorSpec("input_ids", "int64", ("batch", "sequence")),
-        TensorSpec("attention_mask", "int64", ("batch", "sequence")),
-    ),
-    outputs=(TensorSpec("logits", "float32", ("batch", 2)),),
+    components={
+        "model": Component(
+            file="model.onnx",
+            inputs=(
+                TensorSpec("input_ids", "int64", ("batch", "sequence")),
+                TensorSpec("attention_mask", "int64", ("batch", "sequence")),
+            ),
+            outputs=(TensorSpec("logits", "float32", ("batch", 2)),),
+            precision="fp32",
+            quantization=None,
+        )
+    },
+    caches={},
+    adapters={},
+    preprocessing={},
     labels=("no", "yes"),
     max_length=8,
-    quantization=None,
     source=Source("tiny", "0" * 64, ()),
     tools={},
     files={},
@@ -227,6 +236,8 @@ def test_metadata_lists_every_tensor_and_limit() -> None:
 def test_a_type_without_a_json_form_is_refused_at_start() -> None:
     import dataclasses
 
-    half = dataclasses.replace(MANIFEST, outputs=(TensorSpec("logits", "float16", ("batch", 2)),))
+    outputs = (TensorSpec("logits", "float16", ("batch", 2)),)
+    component = dataclasses.replace(MANIFEST.component, outputs=outputs)
+    half = dataclasses.replace(MANIFEST, components={"model": component})
     with pytest.raises(InputError, match="logits of tiny is float16, expected one of"):
         protocol.require_servable(half)

@@ -1,0 +1,222 @@
+"""What the tasks that read images share: the processor's constants, its files, and samples."""
+
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor
+
+from mmopt_export.checkpoint import quiet_transformers
+from mmopt_export.parity import RANDOM
+from mmopt_export.preprocessing import process_images, resample_name
+from mmopt_export.records import Record, read_images
+from mmopt_export.runtime import Tensors
+from mmopt_kernels.errors import InputError, MmoptError, one_line
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+IMAGE_COLUMN = "image"
+_FILES = ("preprocessor_config.json", "processor_config.json")
+_BATCH = 8
+MAX_IMAGES = 64  # that parity reads of the calibration file: 8 batches
+# Pillow gives the same values to one step of uint8 (and what float32 rounds). torchvision, which
+# transformers takes where it is installed, has bicubic weights of fewer bits.
+_STEPS = 2.02
+# Sides of what our preprocessing is held against the processor on: upright, across, odd.
+_PROBES = ((97, 131), (150, 64))
+
+
+class ImageProcessing:
+    """A model's image processor as constants, held against the processor itself.
+
+    Attributes:
+        constants: `manifest.preprocessing["image"]`.
+        size: height and width of what the graph gets; None where they depend on the picture.
+    """
+
+    def __init__(self, folder: Path, *, channels: int) -> None:
+        """Read the processor of a model folder.
+
+        Raises:
+            InputError: none there, or one that does more than resize, crop, rescale and normalize;
+                the message names it.
+            MmoptError: transformers lacks a library that it needs (exit 3).
+        """
+        self._folder = folder
+        processor = _load(folder)
+        name = type(processor).__name__
+        self.constants = _constants(processor, name, channels)
+        shapes = set()
+        for height, width in _PROBES:
+            image = _probe(height, width, gray=channels == 1)
+            expected = processor(images=image, return_tensors="np")
+            if set(expected) != {"pixel_values"}:
+                raise InputError(
+                    f"{name} gives {', '.join(sorted(expected))}, expected pixel_values alone: "
+                    "this model cannot be exported."
+                )
+            _require_equal(name, self.constants, image, np.asarray(expected["pixel_values"]))
+            shapes.add(np.asarray(expected["pixel_values"]).shape[2:])
+        self.size: tuple[int, int] | None = shapes.pop() if len(shapes) == 1 else None
+
+    def write(self, folder: Path) -> None:
+        """Copy the processor's files into an artifact."""
+        for name in _FILES:
+            if (self._folder / name).is_file():
+                shutil.copyfile(self._folder / name, folder / name)
+
+    def batches(self, records: Sequence[Record]) -> Iterator[tuple[str, Tensors]]:
+        """The pictures of a calibration file in batches of one size, as samples of parity."""
+        size = _BATCH if self.size is not None else 1
+        for start in range(0, len(records), size):
+            images = [record.values[IMAGE_COLUMN] for record in records[start : start + size]]
+            yield IMAGE_COLUMN, {"pixel_values": process_images(images, self.constants)}
+
+
+def calibration_images(path: Path | None) -> list[Record]:
+    """The first pictures of a calibration file; none without one."""
+    return read_images(path, IMAGE_COLUMN, limit=MAX_IMAGES) if path is not None else []
+
+
+def example_images(channels: int, height: int, width: int) -> dict[str, Tensor]:
+    """Pixels to trace with, float32 `[2, C, H, W]`."""
+    generator = torch.Generator().manual_seed(0)
+    return {"pixel_values": torch.randn(2, channels, height, width, generator=generator)}
+
+
+def random_images(
+    channels: int, sizes: Sequence[tuple[int, int, int]]
+) -> Iterator[tuple[str, Tensors]]:
+    """Seeded normal pixels, for each `(batch, height, width)` a batch."""
+    generator = np.random.default_rng(0)
+    for batch, height, width in sizes:
+        pixels = generator.standard_normal((batch, channels, height, width), np.float32)
+        yield RANDOM, {"pixel_values": pixels}
+
+
+def random_pixels(shape: Sequence[int], *, seed: int) -> np.ndarray[Any, Any]:
+    """Seeded normal values, float32."""
+    return np.random.default_rng(seed).standard_normal(tuple(shape), np.float32)
+
+
+def image_samples(
+    processing: ImageProcessing,
+    channels: int,
+    sizes: Sequence[tuple[int, int, int]],
+    records: Sequence[Record],
+) -> Callable[[], Iterator[tuple[str, Tensors]]]:
+    """The batches of parity: random pixels, then real pictures."""
+
+    def samples() -> Iterator[tuple[str, Tensors]]:
+        yield from random_images(channels, sizes)
+        yield from processing.batches(records)
+
+    return samples
+
+
+def _load(folder: Path) -> Any:
+    if not any((folder / name).is_file() for name in _FILES):
+        raise InputError(
+            f"{folder} has no image processor ({' or '.join(_FILES)}). Save one beside the model "
+            "with save_pretrained."
+        )
+    try:
+        with quiet_transformers():
+            return transformers.AutoImageProcessor.from_pretrained(folder)
+    except ImportError as error:
+        raise MmoptError(
+            f"the image processor in {folder} needs a library that is missing: "
+            f"{one_line(error, 300)}. Run `pip install pillow torchvision`."
+        ) from error
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        raise InputError(f"{folder} has no usable image processor: {one_line(error)}") from error
+
+
+def _constants(processor: Any, name: str, channels: int) -> dict[str, Any]:
+    """What a processor does, as `mmopt_export.preprocessing.process_images` takes it."""
+    if channels not in (1, 3):
+        raise InputError(f"the model takes {channels} channels, expected pictures in RGB or gray.")
+    order = "BGR" if getattr(processor, "do_flip_channel_order", False) else "RGB"
+    size, crop = _edges(processor, "size"), None
+    if getattr(processor, "do_center_crop", False):
+        crop = _edges(processor, "crop_size")
+    resize = size if getattr(processor, "do_resize", False) else None
+    if name.startswith("ConvNext") and resize is not None:
+        # Shortest edge over crop_pct, then the middle; from 384 on no crop, but a warp.
+        side = resize["shortest_edge"]
+        resize = {"height": side, "width": side}
+        if side < 384:
+            resize, crop = {"shortest_edge": int(side / processor.crop_pct)}, resize
+    for what in (resize, crop):
+        if what is not None and set(what) not in ({"height", "width"}, {"shortest_edge"}):
+            raise InputError(
+                f"{name} resizes to {what}, expected a height and a width or a shortest edge."
+            )
+    rescale = getattr(processor, "do_rescale", False)
+    normalize = getattr(processor, "do_normalize", False)
+    return {
+        "channels": "L" if channels == 1 else order,
+        "resize": resize,
+        "resample": resample_name(_number(processor.resample)) if resize is not None else None,
+        "crop": crop,
+        "rescale": float(processor.rescale_factor) if rescale else None,
+        "mean": _per_channel(processor.image_mean, channels) if normalize else None,
+        "std": _per_channel(processor.image_std, channels) if normalize else None,
+    }
+
+
+def _edges(processor: Any, attribute: str) -> dict[str, int] | None:
+    """A size without what it leaves open, however the processor stores it."""
+    value = getattr(processor, attribute, None)
+    if value is None:
+        return None
+    items = value.items() if hasattr(value, "items") else vars(value).items()
+    return {str(key): int(edge) for key, edge in items if edge is not None}
+
+
+def _number(resample: Any) -> int:
+    """Pillow's number of a filter; torchvision has names for the same ones."""
+    if hasattr(resample, "name") and not isinstance(resample, int):
+        from PIL import Image
+
+        return int(Image.Resampling[resample.name.replace("_EXACT", "")])
+    return int(resample)
+
+
+def _per_channel(value: Any, channels: int) -> list[float]:
+    values = [value] * channels if isinstance(value, int | float) else list(value)
+    return [float(one) for one in values]
+
+
+def _probe(height: int, width: int, *, gray: bool) -> "Image.Image":
+    """A picture of slopes and of waves 5 pixels long, with neither edges nor noise.
+
+    Beside edges bicubic filters overshoot, and where they clip that is a matter of the library.
+    """
+    from PIL import Image
+
+    y, x = np.mgrid[0:height, 0:width]
+    waves = 25 * np.sin(x * 1.3) * np.sin(y * 1.1)
+    pixels = np.stack([x / width, y / height, (x + y) / (height + width)], axis=-1)
+    values = np.round(50 + 150 * pixels + waves[..., None]).astype(np.uint8)
+    return Image.fromarray(values[..., 0] if gray else values)
+
+
+def _require_equal(
+    name: str, constants: dict[str, Any], image: "Image.Image", expected: np.ndarray[Any, Any]
+) -> None:
+    """Raise InputError unless our pixels are the processor's, but for how a filter rounds."""
+    actual = process_images([image], constants)
+    step = (constants["rescale"] or 1.0) / min(constants["std"] or [1.0])
+    if actual.shape == expected.shape and np.abs(actual - expected).max() <= _STEPS * step:
+        return
+    raise InputError(
+        f"{name} does more than resize, crop, rescale and normalize: its pixels "
+        f"{list(expected.shape)} are not those that an artifact would compute "
+        f"{list(actual.shape)}. This model cannot be exported."
+    )

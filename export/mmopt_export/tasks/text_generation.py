@@ -1,0 +1,130 @@
+"""Causal language models: one graph for the prompt and every token after it."""
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mmopt_export.adapters.swap import bind, swap_inputs
+from mmopt_export.checkpoint import Checkpoint
+from mmopt_export.decoder import genai
+from mmopt_export.decoder.parity import STEPS, greedy_proof
+from mmopt_export.decoder.part import IDS, LOGITS, Extra, cache_map, decoder_part
+from mmopt_export.decoder.tracing import trace_decoder
+from mmopt_export.parts import Part, Plan
+from mmopt_export.runtime import MODEL, Tensors
+from mmopt_export.tasks import text
+
+# Prompts of a calibration file that parity reads, and tokens of each: the oracle runs in eager
+# attention, one row at a time, and its buffers are kept until the graphs have been held against it.
+_PROMPTS = 32
+_BATCH = 8
+_PROMPT_TOKENS = 128
+
+
+def plan(checkpoint: Checkpoint, calibration: Path | None) -> Plan:
+    """The plan for a decoder: ids and a KV cache to the logits of the next token.
+
+    Raises:
+        InputError: no tokenizer, or attention that the graph cannot express.
+    """
+    model, tokenizer = checkpoint.model, checkpoint.tokenizer
+    text.require_tokenizer(model, tokenizer, padding=False)
+    extra = None
+    if checkpoint.swap is not None:
+        inputs, axes = swap_inputs(model)
+        extra = Extra(inputs, axes, functools.partial(bind, model))
+    part = decoder_part(model, name=MODEL, extra=extra)
+    prompts = [
+        tokenizer(one, truncation=True, max_length=_PROMPT_TOKENS)["input_ids"]
+        for one in text.calibration_texts(calibration)[:_PROMPTS]
+    ]
+    config = model.generation_config
+
+    def samples() -> Iterator[tuple[str, Tensors]]:
+        yield from part.samples()  # type: ignore[misc]
+        yield from _prompts(part, [one for one in prompts if one])
+
+    def write(folder: Path) -> None:
+        tokenizer.save_pretrained(folder)
+        config.save_pretrained(folder)
+
+    def write_for(folder: Path, provider: str) -> None:
+        # For onnxruntime-genai, where it knows the architecture; an adapter is an input it has not.
+        if genai.supports(model.config) and config.eos_token_id is not None and extra is None:
+            genai.write_genai_config(
+                folder, model.config, cache_map(part), provider=provider, generation=config
+            )
+
+    return Plan(
+        task="text-generation",
+        kind="decoder",
+        parts=(
+            dataclasses.replace(
+                part,
+                samples=samples,
+                reference=_reference(part),
+                tracer=trace_decoder,
+                excluded={"cuda": ("resume-padded",)},
+            ),
+        ),
+        write=write,
+        write_for=write_for,
+        max_length=part.limits.get("total"),
+        preprocessing={
+            "bos_token_id": config.bos_token_id,
+            "eos_token_ids": eos_ids(config),
+            "pad_token_id": config.pad_token_id,
+        },
+        caches={MODEL: cache_map(part)},
+        proof=greedy_proof(part, _proof_prompts(part, prompts)),
+    )
+
+
+def eos_ids(config: Any) -> list[int]:
+    """The tokens that end a text, of a generation config."""
+    found = config.eos_token_id
+    if found is None:
+        return []
+    return [int(one) for one in found] if isinstance(found, list) else [int(found)]
+
+
+def _proof_prompts(part: Part, prompts: list[list[int]]) -> list[list[int]]:
+    """Up to three prompts of different lengths, real ones where there are any."""
+    longest = part.limits.get("total")
+    room = _PROMPT_TOKENS if longest is None else max(1, longest - STEPS)
+    real = sorted((one[:room] for one in prompts if one), key=len)
+    if real:
+        return [real[index] for index in sorted({0, len(real) // 2, len(real) - 1})]
+    ids = next(iter(part.samples()))[1][IDS][0]
+    return [ids[:length].tolist() for length in (1, 7, len(ids))]
+
+
+def _prompts(part: Part, prompts: list[list[int]]) -> Iterator[tuple[str, Tensors]]:
+    """Real prompts in batches, padded on the left, into empty caches."""
+    cache = cache_map(part)
+    ordered = sorted(prompts, key=len)
+    for start in range(0, len(ordered), _BATCH):
+        batch = ordered[start : start + _BATCH]
+        size = max(map(len, batch))
+        ids = np.zeros((len(batch), size), np.int64)
+        mask = np.zeros_like(ids)
+        for row, prompt in enumerate(batch):
+            ids[row, size - len(prompt) :] = prompt
+            mask[row, size - len(prompt) :] = 1
+        empty = np.zeros((len(batch), cache.heads, 0, cache.head_size), np.float32)
+        pasts = {past: empty for layer in cache.layers for past in layer[:2]}
+        yield "text", {"input_ids": ids, "attention_mask": mask, **pasts}
+
+
+def _reference(part: Part) -> Any:
+    """The eager outputs; for real prompts without the buffers, which are as large as the model."""
+
+    def run(feeds: Tensors) -> Tensors:
+        outputs = part.expect(feeds)
+        return {LOGITS: outputs[LOGITS]} if feeds["input_ids"].shape[1] > 24 else outputs
+
+    return run

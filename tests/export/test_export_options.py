@@ -1,0 +1,271 @@
+"""What the options of an export make of a small decoder and a small classifier."""
+
+import json
+import weakref
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from peft import LoraConfig
+
+import mmopt_export.pipeline
+from mmopt_export import Generator, Runner, export, load_checkpoint, read_manifest, verify
+from mmopt_export.files import same_artifact
+from mmopt_kernels.errors import CheckFailedError, InputError, MmoptError
+from tiny_adapters import save_peft
+from tiny_decoders import tiny_decoder
+from tiny_models import save_tokenizer
+
+PROMPTS = [[5, 6, 7, 8], [9, 4]]
+TOKENS = 8
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("llama") / "model"
+    tiny_decoder("llama").save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    texts = ("the sum of two numbers", "a graph", "return the class of a node")
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+@pytest.fixture(scope="module")
+def decoder(llama: Path, prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("decoder") / "fp32"
+    assert export(str(llama), output, calibration=prompts).exit_code == 0
+    return output
+
+
+def save_lora(model: Path, folder: Path, *, rank: int) -> Path:
+    config = LoraConfig(r=rank, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"])
+    return save_peft(model, folder, config, seed=rank)
+
+
+def generated(runner: Runner, adapter: str | None = None) -> list[list[int]]:
+    manifest = runner.manifest
+    generator = Generator(
+        runner.session(), manifest.caches["model"], max_length=manifest.max_length
+    )
+    constants = runner.adapters().feeds(adapter) if adapter else None
+    conversation = generator.start(len(PROMPTS), constants=constants)
+    found = generator.generate(PROMPTS, max_new_tokens=TOKENS, conversation=conversation)
+    return found.tokens
+
+
+def expected(model: Any) -> list[list[int]]:
+    rows = []
+    for prompt in PROMPTS:
+        with torch.no_grad():
+            found = model.generate(
+                torch.tensor([prompt]), max_new_tokens=TOKENS, do_sample=False, eos_token_id=None
+            )
+        rows.append(found[0, len(prompt) :].tolist())
+    return rows
+
+
+def test_a_decoder_is_one_graph_that_generates_what_transformers_does(
+    llama: Path, decoder: Path
+) -> None:
+    manifest = read_manifest(decoder)
+    assert manifest.task == "text-generation"
+    assert list(manifest.components) == ["model"]
+    assert manifest.preprocessing["eos_token_ids"] == [2]
+    assert generated(Runner(decoder)) == expected(load_checkpoint(str(llama)).model)
+
+
+def test_a_decoder_is_held_on_real_prompts_and_on_greedy_tokens(decoder: Path) -> None:
+    stages = json.loads((decoder / "parity.json").read_text())["stages"]
+    kinds = {stage["kind"] for stage in stages if stage["stage"] == "fp32"}
+    assert "text" in kinds
+    assert len(kinds) > 5
+    (greedy,) = [stage for stage in stages if stage["output"] == "tokens"]
+    assert greedy["gates"]
+    assert greedy["holds"]
+    assert greedy["rows"] >= 32
+
+
+def test_a_decoder_is_found_sound_by_verify_and_by_onnx(decoder: Path) -> None:
+    assert verify(decoder).exit_code == 0
+    onnx.checker.check_model(str(decoder / "model.onnx"), full_check=True)
+
+
+def test_two_exports_of_a_decoder_are_byte_identical(
+    llama: Path, prompts: Path, decoder: Path, tmp_path: Path
+) -> None:
+    again = tmp_path / decoder.name
+    export(str(llama), again, calibration=prompts)
+    assert same_artifact(decoder, again) == []
+
+
+def test_adapters_are_chosen_per_run_over_a_4_bit_base(llama: Path, tmp_path: Path) -> None:
+    adapters = [save_lora(llama, tmp_path / name, rank=rank) for name, rank in (("a", 2), ("b", 5))]
+    # int4 of random weights is far from them: the adapters are what is looked at.
+    export(
+        str(llama),
+        tmp_path / "out",
+        adapters=[str(one) for one in adapters],
+        swap=True,
+        precision="int4",
+        allow_drift=True,
+    )
+    runner = Runner(tmp_path / "out")
+    assert runner.adapters().names == ("a", "b")
+    ops = {node.op_type for node in onnx.load(tmp_path / "out" / "model.onnx").graph.node}
+    assert "MatMulNBits" in ops
+    answers = [generated(runner, name) for name in (None, "a", "b")]
+    assert answers[0] != answers[1] != answers[2] != answers[0]
+    with pytest.raises(InputError, match="'c'"):
+        generated(runner, "c")
+
+
+def test_swapped_adapters_give_what_peft_gives(llama: Path, tmp_path: Path) -> None:
+    adapter = save_lora(llama, tmp_path / "a", rank=3)
+    export(str(llama), tmp_path / "out", adapters=[str(adapter)], swap=True)
+    runner = Runner(tmp_path / "out")
+    assert generated(runner, "a") == expected(
+        load_checkpoint(str(llama), adapters=[str(adapter)]).model
+    )
+    assert generated(runner) == expected(load_checkpoint(str(llama)).model)
+
+
+@pytest.mark.slow
+def test_auto_takes_the_narrowest_that_meets_the_budget(
+    llama: Path, prompts: Path, tmp_path: Path
+) -> None:
+    strict = export(
+        str(llama), tmp_path / "strict", precision="auto", max_drop=1e-7, calibration=prompts
+    )
+    assert strict.precision == "fp32"
+    loose = export(
+        str(llama), tmp_path / "loose", precision="auto", max_drop=0.1, calibration=prompts
+    )
+    assert loose.precision in ("int8", "int4")
+    record = loose.quantization["model"]
+    assert record is not None
+    assert record["auto"]["met"]
+    assert record["auto"]["measure"] == "relative output error"
+    chosen = [trial for trial in record["auto"]["trials"] if trial["chosen"]]
+    assert len(chosen) == 1
+    assert chosen[0]["metric_drop"] <= 0.1
+
+
+def test_a_target_that_is_not_here_is_refused_or_marked(
+    classifier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mmopt_export.pipeline, "has_provider", lambda provider: False)
+    with pytest.raises(MmoptError, match="no CUDAExecutionProvider") as caught:
+        export(str(classifier), tmp_path / "out", target="cuda")
+    assert caught.value.exit_code == 3
+    assert list(tmp_path.iterdir()) == []
+    report = export(str(classifier), tmp_path / "out", target="cuda", unproven=True)
+    assert report.exit_code == 0
+    assert (report.status, report.precision) == ("unproven", "fp16")
+    assert read_manifest(tmp_path / "out").provider == "CUDAExecutionProvider"
+    with pytest.raises(CheckFailedError, match="never run on CUDAExecutionProvider"):
+        Runner(tmp_path / "out")
+
+
+def test_force_replaces_an_artifact_and_only_that(classifier: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    export(str(classifier), output)
+    before = read_manifest(output)
+    with pytest.raises(InputError, match="--force"):
+        export(str(classifier), output, precision="int8")
+    assert read_manifest(output) == before
+    export(str(classifier), output, precision="int8", force=True)
+    assert read_manifest(output).precision == "int8"
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("kept")
+    with pytest.raises(InputError, match="mine"):
+        export(str(classifier), tmp_path / "mine", force=True)
+    assert (tmp_path / "mine" / "notes.txt").read_text() == "kept"
+
+
+def test_the_output_may_not_be_the_model(classifier: Path) -> None:
+    before = sorted(path.name for path in classifier.iterdir())
+    for output in (classifier, classifier / "out"):
+        with pytest.raises(InputError, match="is read"):
+            export(str(classifier), output, force=True)
+    assert sorted(path.name for path in classifier.iterdir()) == before
+
+
+def test_the_card_says_what_it_is_and_what_was_measured(decoder: Path) -> None:
+    card = (decoder / "README.md").read_text()
+    assert "LlamaForCausalLM for text-generation, fp32" in card
+    assert "| in | input_ids | int64 | batch, sequence |" in card
+    assert "| model | fp32 | text | logits |" in card
+    assert "Parity with the PyTorch model holds." in card
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"task": "translation"}, "--task translation is not known"),
+        ({"task": "image-classification"}, "cannot be exported for image-classification"),
+        ({"max_drop": 0.1}, "--max-drop is what --precision auto may lose"),
+        ({"swap": True}, "--adapters swap needs an adapter"),
+        ({"precision": "int4"}, "not available for a model of kind encoder on cpu"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(
+    classifier: Path, tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        export(str(classifier), tmp_path / "out", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_calibration_without_the_column_is_refused_with_its_line(
+    classifier: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"text": "a"}\n{"label": "class"}\n')
+    with pytest.raises(InputError, match="line 2"):
+        export(str(classifier), tmp_path / "out", calibration=data)
+    assert not (tmp_path / "out").exists()
+
+
+def test_accuracy_is_measured_where_calibration_has_labels(
+    classifier: Path, texts: Path, tmp_path: Path
+) -> None:
+    report = export(str(classifier), tmp_path / "out", calibration=texts)
+    (stage,) = [one for one in report.stages if one.stage == "fp32" and one.kind == "text"]
+    assert stage.accuracy == stage.expected_accuracy
+    labels = np.array([json.loads(line)["label"] for line in texts.read_text().splitlines()])
+    rows = [json.loads(line)["text"] for line in texts.read_text().splitlines()]
+    runner = Runner(tmp_path / "out")
+    winners = np.array(runner.manifest.labels)[runner.classify(rows).argmax(1)]
+    assert stage.accuracy == pytest.approx((winners == labels).mean())
+
+
+@pytest.mark.parametrize("kind", ["decoder", "encoder"])
+def test_the_model_is_let_go_before_its_graphs_are_opened(
+    kind: str, llama: Path, classifier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights: list[weakref.ref[Any]] = []
+    load, finish = mmopt_export.pipeline.load_checkpoint, mmopt_export.pipeline._finish
+
+    def loaded(*arguments: Any, **options: Any) -> Any:
+        checkpoint = load(*arguments, **options)
+        weights.extend(weakref.ref(one) for one in checkpoint.model.parameters())
+        return checkpoint
+
+    def finished(*arguments: Any, **options: Any) -> Any:
+        alive = [value for one in weights if (value := one()) is not None]
+        assert sum(value.untyped_storage().nbytes() for value in alive) == 0
+        return finish(*arguments, **options)
+
+    monkeypatch.setattr(mmopt_export.pipeline, "load_checkpoint", loaded)
+    monkeypatch.setattr(mmopt_export.pipeline, "_finish", finished)
+    export(str(llama if kind == "decoder" else classifier), tmp_path / "out")
+    assert weights

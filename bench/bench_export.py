@@ -1,21 +1,43 @@
 """Exporting a small adapted model: what the artifact weighs, and the steps that a user waits for.
 
 Exact: bytes, nodes and initializers of the graph, memory that ONNX Runtime uses for it.
+
+The slow ones hold exported models beside those of others on this machine's CPU: a Llama of 124M
+against onnxruntime-genai, all-MiniLM-L6-v2 against transformers' exporters and OpenVINO. Every peer
+has a process of its own, and they take turns; a peer that is not installed is skipped with its
+reason (`pip install onnxruntime-genai openvino nncf`). About 20 minutes on 2 cores:
+`mmopt bench run bench/bench_export.py -k peers -- -m slow`.
 """
 
 from __future__ import annotations
 
+import functools
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
+from export_peers import (
+    DECODERS,
+    ENCODER_SHAPES,
+    ENCODERS,
+    NEW,
+    PROMPT,
+    THREADS,
+    built,
+    in_turns,
+    save_llama,
+)
+from gpu_peers import CLOCK
 
 from mmopt.measure.memory import ort_arena
+from mmopt.measure.timing import Timing
 from mmopt_export import export
-from mmopt_export.manifest import integrity_errors, read_manifest
-from mmopt_export.quantize import quantize_int8
+from mmopt_export.integrity import integrity_errors
+from mmopt_export.manifest import read_manifest
+from mmopt_export.quantization import Recipe, quantize
 from mmopt_export.runtime import MODEL_NAME, Runner
 
 ROWS, LENGTH = 4, 32
@@ -48,7 +70,9 @@ def bench_quantize(benchmark: Any, artifacts: dict[str, Path], tmp_path: Path) -
     # Times reading the fp32 graph, quantizing it and writing it.
     benchmark.group = "export steps"
     source = artifacts["fp32"] / MODEL_NAME
-    benchmark(lambda: quantize_int8(source, tmp_path / MODEL_NAME))
+    names = [spec.name for spec in read_manifest(artifacts["fp32"]).inputs]
+    feeds = [{name: np.ones((ROWS, LENGTH), dtype=np.int64) for name in names}]
+    benchmark(lambda: quantize(source, tmp_path / MODEL_NAME, Recipe("int8", "dynamic"), feeds))
 
 
 def bench_check_files(benchmark: Any, artifacts: dict[str, Path]) -> None:
@@ -77,3 +101,118 @@ def bench_export(benchmark: Any, tiny_bert: Any, tmp_path: Path, precision: str)
         rounds=5,
         warmup_rounds=1,
     )
+
+
+# ---------------------------------------------------------------- beside others
+
+ROUNDS = 15
+
+SHAPES = tuple(f"{batch}x{length}" for batch, length in ENCODER_SHAPES)
+
+
+@functools.cache
+def scratch() -> Path:
+    """Where models are built; removed with the process."""
+    folder = tempfile.TemporaryDirectory(prefix="mmopt-export-peers-")
+    _KEPT.append(folder)
+    save_llama(Path(folder.name) / "llama")
+    return Path(folder.name)
+
+
+_KEPT: list[tempfile.TemporaryDirectory[str]] = []
+
+
+@functools.cache
+def builds(case: str) -> dict[str, dict[str, Any] | str]:
+    """What building each peer's model took, or why it was not built."""
+    names = ENCODERS if case == "encoder" else DECODERS
+    return {name: built(case, name, scratch() / f"{case}-{name}") for name in names}
+
+
+@functools.cache
+def runs(case: str) -> dict[str, dict[str, tuple[list[float], Any]]]:
+    """What each peer that was built needed."""
+    folders = {
+        name: scratch() / f"{case}-{name}"
+        for name, said in builds(case).items()
+        if not isinstance(said, str)
+    }
+    actions = (*SHAPES, "sentences") if case == "encoder" else ("prefill", "decode")
+    return in_turns(case, folders, actions, rounds=ROUNDS)
+
+
+def found(case: str, peer: str) -> dict[str, tuple[list[float], Any]]:
+    """The runs of a peer; skips where it was not built."""
+    said = builds(case)[peer]
+    if isinstance(said, str):
+        pytest.skip(said)
+    return runs(case)[peer]
+
+
+def replay(benchmark: Any, samples: list[float]) -> None:
+    """Hand the samples over."""
+    benchmark.extra_info["threads"] = THREADS
+    CLOCK.replay(benchmark, Timing(samples, 1, 0.0, False))
+
+
+@pytest.mark.slow
+@pytest.mark.benchmark(timer=CLOCK)
+@pytest.mark.parametrize("peer", DECODERS)
+@pytest.mark.parametrize("action", ["prefill", "decode"])
+def bench_peers_decoder(benchmark: Any, action: str, peer: str) -> None:
+    # Times the prompt up to the first new token, or 64 more tokens, one row.
+    benchmark.group = f"llama-124m {action}"
+    samples, tokens = found("decoder", peer)[action]
+    precision = peer.rpartition("-")[2]
+    ours = runs("decoder").get(f"mmopt-{precision}")
+    same = None
+    if ours is not None:
+        pairs = list(zip(tokens, ours[action][1], strict=True))
+        same = next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
+    benchmark.extra_info |= {
+        "tokens": PROMPT if action == "prefill" else NEW,
+        "tokens_per_s": (PROMPT if action == "prefill" else NEW) / float(np.median(samples)),
+        "equal_tokens": same,
+    }
+    replay(benchmark, samples)
+
+
+@pytest.mark.slow
+@pytest.mark.benchmark(timer=CLOCK)
+@pytest.mark.parametrize("peer", ENCODERS)
+@pytest.mark.parametrize("shape", SHAPES)
+def bench_peers_encoder(benchmark: Any, shape: str, peer: str) -> None:
+    # Times ids to normalized sentence embeddings.
+    benchmark.group = f"minilm {shape}"
+    samples, _ = found("encoder", peer)[shape]
+    embeddings = np.array(found("encoder", peer)["sentences"][1])
+    plain = np.array(found("encoder", "exporters-fp32")["sentences"][1])
+    cosines = (embeddings * plain).sum(1)
+    benchmark.extra_info |= {"cosine": float(cosines.mean()), "worst_cosine": float(cosines.min())}
+    replay(benchmark, samples)
+
+
+@pytest.mark.slow
+@pytest.mark.benchmark(timer=CLOCK)
+@pytest.mark.parametrize("peer", ENCODERS)
+def bench_peers_build_encoder(benchmark: Any, peer: str) -> None:
+    # Times the export in a fresh process, after its imports; ours with parity and calibration.
+    benchmark.group = "build minilm"
+    build(benchmark, "encoder", peer)
+
+
+@pytest.mark.slow
+@pytest.mark.benchmark(timer=CLOCK)
+@pytest.mark.parametrize("peer", [peer for peer in DECODERS if not peer.startswith("eager")])
+def bench_peers_build_decoder(benchmark: Any, peer: str) -> None:
+    # Times the export in a fresh process; ours with parity.
+    benchmark.group = "build llama-124m"
+    build(benchmark, "decoder", peer)
+
+
+def build(benchmark: Any, case: str, peer: str) -> None:
+    said = builds(case)[peer]
+    if isinstance(said, str):
+        pytest.skip(said)
+    benchmark.extra_info["peak_bytes"] = said["peak_bytes"]
+    replay(benchmark, [said["seconds"]])

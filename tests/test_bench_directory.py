@@ -85,6 +85,10 @@ def test_the_quick_pass_is_everything_but_slow_and_gpu(ids: list[str]) -> None:
     long = {one for one in slow if "[long-" in one}
     assert {one.partition("[")[0] for one in slow - long} == {
         "bench/bench_export.py::bench_export",
+        "bench/bench_export.py::bench_peers_build_decoder",
+        "bench/bench_export.py::bench_peers_build_encoder",
+        "bench/bench_export.py::bench_peers_decoder",
+        "bench/bench_export.py::bench_peers_encoder",
         "bench/bench_training_step.py::bench_training_step",
         "bench/bench_warm_start.py::bench_first_call",
     }

@@ -17,6 +17,7 @@ BAD_CALLS = {
     "export": ["export", "/no/such/model", "-o", "{tmp}/out"],
     "verify": ["verify", "/no/such/artifact"],
     "serve": ["serve", "/no/such/artifact"],
+    "deploy triton": ["deploy", "triton", "/no/such/artifact", "-o", "{tmp}/models"],
     "bench run": ["bench", "run", "/no/such/model"],
     "bench compare": ["bench", "compare", "/no/such/a.json", "/no/such/b.json"],
     "bench report": ["bench", "report", "/no/such/a.json"],
@@ -50,7 +51,12 @@ def test_a_hub_id_that_cannot_be_reached_exits_3(tmp_path: Path) -> None:
 
 
 def test_bad_usage_exits_2() -> None:
-    for arguments in (["export"], ["no-such-command"], ["bench", "run", "--no-such-option"]):
+    for arguments in (
+        ["export"],
+        ["no-such-command"],
+        ["bench", "run", "--no-such-option"],
+        ["deploy", "triton", "--max-batch", "-1", "artifact", "-o", "models"],
+    ):
         result = run(*arguments)
         assert result.returncode == 2, arguments
         assert "Traceback" not in result.stderr
@@ -104,9 +110,75 @@ def test_a_tampered_artifact_exits_1(artifact: Path, tmp_path: Path) -> None:
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.slow
+def test_an_export_is_signed_replaced_only_with_force_and_verified_with_the_public_key(
+    classifier: Path, tmp_path: Path
+) -> None:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+    from cryptography.hazmat.primitives.serialization import (
+        Encoding,
+        NoEncryption,
+        PrivateFormat,
+        PublicFormat,
+    )
+
+    pair = Ed25519PrivateKey.generate()
+    private, public, output = tmp_path / "key.pem", tmp_path / "key.pub", tmp_path / "out"
+    private.write_bytes(pair.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    public.write_bytes(
+        pair.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    )
+    export = ("export", str(classifier), "-o", str(output), "--sign", str(private), "--json")
+    done = run(*export)
+    assert done.returncode == 0, done.stderr
+    first = {path.name: path.read_bytes() for path in output.iterdir()}
+    assert "mmopt.json.sig" in first
+    refused = run(*export)
+    assert refused.returncode == 2
+    assert "Pass --force to replace it" in json.loads(refused.stdout)["error"]["message"]
+    assert run(*export, "--force").returncode == 0
+    assert {path.name: path.read_bytes() for path in output.iterdir()} == first
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["key.pem", "key.pub", "out"]
+
+    verify = ("verify", str(output), "--public-key", str(public), "--json")
+    holds = run(*verify)
+    assert holds.returncode == 0, holds.stderr
+    assert json.loads(holds.stdout)["signature"] == "holds"
+    (output / "mmopt.json.sig").write_bytes(bytes(64))
+    broken = run(*verify)
+    assert broken.returncode == 1
+    assert "was not signed with the key" in json.loads(broken.stdout)["error"]["message"]
+    assert "Traceback" not in broken.stderr
+
+
+def test_a_key_that_cannot_be_used_is_bad_input_before_the_model_is_loaded(
+    artifact: Path, tmp_path: Path
+) -> None:
+    for arguments in (
+        ("export", "/no/such/model", "-o", str(tmp_path / "out"), "--sign", "/no/such/key.pem"),
+        ("verify", str(artifact), "--public-key", "/no/such/key.pem"),
+    ):
+        result = run(*arguments, "--json")
+        assert result.returncode == 2, result.stderr
+        assert "/no/such/key.pem cannot be read" in json.loads(result.stdout)["error"]["message"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_deployed_artifact_is_one_document_and_a_second_time_bad_input(
+    artifact: Path, tmp_path: Path
+) -> None:
+    arguments = ("deploy", "triton", str(artifact), "-o", str(tmp_path / "models"), "--json")
+    first = run(*arguments)
+    assert first.returncode == 0, first.stderr
+    assert json.loads(first.stdout)["models"] == ["docstrings"]
+    assert run(*arguments).returncode == 2
+    assert run(*arguments, "--force").returncode == 0
+
+
 def test_help_names_every_command_and_lists_exit_codes() -> None:
     result = run("--help")
-    for name in ("doctor", "train", "compile", "kernels", "export", "verify", "serve", "bench"):
+    names = "doctor train compile kernels export verify serve deploy bench"
+    for name in names.split():
         assert name in result.stdout
     assert "Exit codes" in run("export", "--help").stdout
 

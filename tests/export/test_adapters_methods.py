@@ -50,6 +50,7 @@ def config_of(method: str, **settings: Any) -> Any:
     return PEFT_TYPE_TO_CONFIG_MAPPING[method](task_type="CAUSAL_LM", **values)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_a_merged_adapter_gives_what_peft_gives_unmerged(
     method: str, llama: Path, tmp_path: Path

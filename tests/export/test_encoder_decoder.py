@@ -202,7 +202,7 @@ def whisper_tokens(model: Any, features: Any, **arguments: Any) -> list[list[int
 @pytest.mark.parametrize(
     "choice",
     [
-        {},
+        pytest.param({}, marks=pytest.mark.slow),
         {"language": "de"},
         {"language": "german", "task": "translate"},
         {"task": "transcribe"},

@@ -128,6 +128,7 @@ def test_adapters_are_chosen_per_run_over_a_4_bit_base(llama: Path, tmp_path: Pa
         generated(runner, "c")
 
 
+@pytest.mark.slow
 def test_swapped_adapters_give_what_peft_gives(llama: Path, tmp_path: Path) -> None:
     adapter = save_lora(llama, tmp_path / "a", rank=3)
     export(str(llama), tmp_path / "out", adapters=[str(adapter)], swap=True)
@@ -235,6 +236,7 @@ def test_calibration_without_the_column_is_refused_with_its_line(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_accuracy_is_measured_where_calibration_has_labels(
     classifier: Path, texts: Path, tmp_path: Path
 ) -> None:

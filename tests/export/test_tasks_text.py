@@ -67,6 +67,7 @@ def test_a_classifier_of_each_family_gives_pytorchs_logits(family: str, tmp_path
         np.testing.assert_allclose(runner.run(feeds)["logits"], expected, atol=5e-5)
 
 
+@pytest.mark.slow
 def test_masked_tokens_have_no_part_in_the_logits(tmp_path: Path) -> None:
     model = save_text_encoder(
         tmp_path / "model", "ModernBert", "ForSequenceClassification", classifier_pooling="mean"

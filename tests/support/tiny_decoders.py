@@ -98,7 +98,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "phi": lambda: _config("Phi", partial_rotary_factor=0.5, num_key_value_heads=4),
 }
 
-COMMON = ("gpt2", "llama", "gemma3", "phi3")
+COMMON = ("llama", "gemma3")
 """Those that differ most; what the others add is held against eager among the slow tests."""
 
 

@@ -137,8 +137,9 @@ def runs(case: str) -> dict[str, dict[str, tuple[list[float], Any]]]:
         for name, said in builds(case).items()
         if not isinstance(said, str)
     }
-    actions = (*SHAPES, "sentences") if case == "encoder" else ("prefill", "decode")
-    return in_turns(case, folders, actions, rounds=ROUNDS)
+    if case == "encoder":
+        return in_turns(case, folders, SHAPES, rounds=ROUNDS, once=["sentences"])
+    return in_turns(case, folders, ["prefill", "decode"], rounds=ROUNDS)
 
 
 def found(case: str, peer: str) -> dict[str, tuple[list[float], Any]]:

@@ -447,21 +447,32 @@ def built(case: str, name: str, folder: Path) -> dict[str, Any] | str:
 
 
 def in_turns(
-    case: str, folders: dict[str, Path], actions: Sequence[str], *, rounds: int
+    case: str,
+    folders: dict[str, Path],
+    actions: Sequence[str],
+    *,
+    rounds: int,
+    once: Sequence[str] = (),
 ) -> dict[str, dict[str, tuple[list[float], Any]]]:
     """Run every action of every peer, one after the other, in another order each round.
+
+    Args:
+        once: actions of which only the answer is wanted.
 
     Returns:
         By peer and action the seconds of each round, and the answer.
     """
     generator = np.random.default_rng(0)
     found: dict[str, dict[str, tuple[list[float], Any]]] = {
-        name: {action: ([], None) for action in actions} for name in folders
+        name: {action: ([], None) for action in (*actions, *once)} for name in folders
     }
     with ExitStack() as stack:
         peers = {name: Peer(case, name, folder) for name, folder in folders.items()}
         for peer in peers.values():
             stack.callback(peer.close)
+        for name, peer in peers.items():
+            for action in once:
+                found[name][action] = ([], peer.run(action)[1])
         for action in actions:
             for peer in peers.values():
                 for _ in range(2):  # the first runs of a shape plan memory and pack weights

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tiny_artifacts import make_artifact, save_pair
+
 MMOPT = [sys.executable, "-m", "mmopt"]
 
 # One call of each command whose input is bad in the same way: it does not exist.
@@ -62,8 +64,8 @@ def test_bad_usage_exits_2() -> None:
         assert "Traceback" not in result.stderr
 
 
-def test_verify_prints_one_document_and_exits_0(artifact: Path) -> None:
-    result = run("verify", str(artifact), "--json")
+def test_verify_prints_one_document_and_exits_0(tmp_path: Path) -> None:
+    result = run("verify", str(make_artifact(tmp_path / "artifact")), "--json")
     assert result.returncode == 0, result.stderr
     document = json.loads(result.stdout)
     assert document["holds"] is True
@@ -98,13 +100,10 @@ def test_each_step_of_the_chain_prints_one_document_and_keeps_the_accuracy(
     assert document["optimization"]["rows"]
 
 
-def test_a_tampered_artifact_exits_1(artifact: Path, tmp_path: Path) -> None:
-    import shutil
-
-    copy = tmp_path / "copy"
-    shutil.copytree(artifact, copy)
-    (copy / "model.onnx").write_bytes(b"not a model")
-    result = run("verify", str(copy))
+def test_a_tampered_artifact_exits_1(tmp_path: Path) -> None:
+    artifact = make_artifact(tmp_path / "artifact")
+    (artifact / "model.onnx").write_bytes(b"not a model")
+    result = run("verify", str(artifact))
     assert result.returncode == 1
     assert "model.onnx has 11 bytes" in result.stderr.replace("\n", " ")
     assert "Traceback" not in result.stderr
@@ -114,20 +113,8 @@ def test_a_tampered_artifact_exits_1(artifact: Path, tmp_path: Path) -> None:
 def test_an_export_is_signed_replaced_only_with_force_and_verified_with_the_public_key(
     classifier: Path, tmp_path: Path
 ) -> None:
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-    from cryptography.hazmat.primitives.serialization import (
-        Encoding,
-        NoEncryption,
-        PrivateFormat,
-        PublicFormat,
-    )
-
-    pair = Ed25519PrivateKey.generate()
-    private, public, output = tmp_path / "key.pem", tmp_path / "key.pub", tmp_path / "out"
-    private.write_bytes(pair.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
-    public.write_bytes(
-        pair.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
-    )
+    private, public = save_pair(tmp_path)
+    output = tmp_path / "out"
     export = ("export", str(classifier), "-o", str(output), "--sign", str(private), "--json")
     done = run(*export)
     assert done.returncode == 0, done.stderr
@@ -152,27 +139,16 @@ def test_an_export_is_signed_replaced_only_with_force_and_verified_with_the_publ
 
 
 def test_a_key_that_cannot_be_used_is_bad_input_before_the_model_is_loaded(
-    artifact: Path, tmp_path: Path
+    tmp_path: Path,
 ) -> None:
     for arguments in (
         ("export", "/no/such/model", "-o", str(tmp_path / "out"), "--sign", "/no/such/key.pem"),
-        ("verify", str(artifact), "--public-key", "/no/such/key.pem"),
+        ("verify", "/no/such/artifact", "--public-key", "/no/such/key.pem"),
     ):
         result = run(*arguments, "--json")
         assert result.returncode == 2, result.stderr
         assert "/no/such/key.pem cannot be read" in json.loads(result.stdout)["error"]["message"]
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_deployed_artifact_is_one_document_and_a_second_time_bad_input(
-    artifact: Path, tmp_path: Path
-) -> None:
-    arguments = ("deploy", "triton", str(artifact), "-o", str(tmp_path / "models"), "--json")
-    first = run(*arguments)
-    assert first.returncode == 0, first.stderr
-    assert json.loads(first.stdout)["models"] == ["docstrings"]
-    assert run(*arguments).returncode == 2
-    assert run(*arguments, "--force").returncode == 0
 
 
 def test_help_names_every_command_and_lists_exit_codes() -> None:

@@ -103,8 +103,9 @@ def load_checkpoint(
         )
     base_folder = resolve(model)
     folders = tuple(resolve(spec.path, config="adapter_config.json") for spec in specs)
+    base_sha256 = weights_sha256(base_folder)
     for folder in folders:
-        check_train_record(folder, base_folder)
+        check_train_record(folder, base_folder, base_sha256)
     config_folder = next(
         (folder for folder in folders if (folder / "config.json").is_file()), base_folder
     )
@@ -125,7 +126,7 @@ def load_checkpoint(
         missing = [name for name in missing if not name.startswith("pooler.")]
     loaded, swap = base, None
     records: tuple[dict[str, Any], ...] = ()
-    if specs:
+    if pairs := list(zip(specs, folders, strict=True)):
         from mmopt_export.adapters.attach import attach_adapter
         from mmopt_export.adapters.merge import merge_adapters
         from mmopt_export.adapters.swap import make_swappable
@@ -134,11 +135,11 @@ def load_checkpoint(
             attached = attach_adapter(base, folders[0], only="LORA")
             loaded, provided, new = attached.model, attached.whole, attached.warnings
         elif adapt == "merge":
-            merged = merge_adapters(base, _pairs(specs, folders), absent=missing)
+            merged = merge_adapters(base, pairs, absent=missing)
             loaded, provided, new = merged.model.to(dtype), merged.whole, merged.warnings
             records = merged.records
         else:
-            swap = make_swappable(base, _pairs(specs, folders))
+            swap = make_swappable(base, pairs)
             loaded, provided, new = swap.model, set[str](), swap.warnings
         notes = [*notes, *new]
         missing = [name for name in missing if name not in provided]
@@ -152,7 +153,7 @@ def load_checkpoint(
         model=loaded.eval(),
         tokenizer=load_tokenizer(*folders, base_folder),
         source=model,
-        base_sha256=weights_sha256(base_folder),
+        base_sha256=base_sha256,
         adapters=folders,
         records=records,
         quantized=quantized,
@@ -266,9 +267,10 @@ def load_base(
             f"{folder / 'config.json'} names the architecture {name!r}, which is no model "
             f"of transformers {transformers.__version__}."
         )
-    check_weights(folder)
-    if weights is None and not hasattr(config, "quantization_config"):
-        weights = stored_tensors(_model_files(folder))
+    if weights is None:
+        check_weights(folder)
+        if not hasattr(config, "quantization_config"):
+            weights = stored_tensors(_model_files(folder))
     try:
         with quiet_transformers():
             if weights is None:
@@ -341,10 +343,6 @@ def _sentence_encoder(folder: Path, config: Any) -> str | None:
     if "Pooling" not in kinds or type(config) not in transformers.MODEL_MAPPING:
         return None
     return str(transformers.MODEL_MAPPING[type(config)].__name__)
-
-
-def _pairs(specs: Sequence[AdapterSpec], folders: Sequence[Path]) -> list[tuple[AdapterSpec, Path]]:
-    return list(zip(specs, folders, strict=True))
 
 
 def finite(value: torch.Tensor) -> bool:
@@ -436,7 +434,7 @@ def check_weights(folder: Path) -> None:
             ) from error
 
 
-def check_train_record(adapter: Path, base: Path) -> None:
+def check_train_record(adapter: Path, base: Path, base_sha256: str) -> None:
     """Hold an adapter that `mmopt train` wrote against its record, where it has one.
 
     Raises:
@@ -461,10 +459,10 @@ def check_train_record(adapter: Path, base: Path) -> None:
                 f"{file} is not the file that was trained: its SHA-256 differs from "
                 f"{TRAIN_RECORD}. Copy the adapter again."
             )
-    if (found := weights_sha256(base)) != trained_on:
+    if base_sha256 != trained_on:
         raise InputError(
             f"{adapter} was trained on other weights ({base_name}, SHA-256 {trained_on[:12]}) than "
-            f"{base} has ({found[:12]}). Pass the model that it was trained on."
+            f"{base} has ({base_sha256[:12]}). Pass the model that it was trained on."
         )
 
 

@@ -28,7 +28,13 @@ EMBEDS = "inputs_embeds"
 # 18 MB, less than a twentieth of its weights.
 _FIRST_CAPACITY = 256
 
-# onnx.TensorProto.BFLOAT16: NumPy has no such type.
+# What holds a buffer, by ONNX Runtime's name of its type. NumPy has no bfloat16: bits, and the type
+# as onnx.TensorProto numbers it.
+_BUFFERS: dict[str, npt.DTypeLike] = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(bfloat16)": np.uint16,
+}
 _BFLOAT16 = 16
 
 Ids = Sequence[int]
@@ -127,7 +133,7 @@ class Generator:
 
     Args:
         model: an ONNX Runtime session, or the path of the graph, which is then opened.
-        cache: the names and sizes of the KV cache, from the manifest.
+        cache: the names and sizes of the KV cache, from the manifest; their type is the graph's.
         provider: where buffers are; the session must run there.
         threads: for a session that is opened here.
         max_length: tokens that a row may have, where the model's positions end.
@@ -171,6 +177,7 @@ class Generator:
                         f"the graph has no {name}, which its cache should be. Pass the cache of "
                         "the manifest that belongs to the graph."
                     )
+        self._buffer_type = inputs[cache.layers[0][0]].type
         self._tokens = EMBEDS if EMBEDS in inputs else IDS
         self._embed = embed if self._tokens == EMBEDS else None
         if self._tokens == EMBEDS and embed is None:
@@ -460,7 +467,7 @@ class Generator:
         shape = (conversation.batch, self.cache.heads, capacity, self.cache.head_size)
         for layer in self.cache.layers:
             for name in layer[:2]:
-                array = np.zeros(shape, dtype=self._cache_type())
+                array = np.zeros(shape, dtype=_BUFFERS[self._buffer_type])
                 if held:
                     array[:, :, :held] = self._held(conversation, name)[:, :, :held]
                 if self._device == "cpu":
@@ -468,9 +475,6 @@ class Generator:
                 conversation._buffers[name] = self._buffer(array)
         conversation.capacity = capacity
         conversation._binding = None
-
-    def _cache_type(self) -> npt.DTypeLike:
-        return np.uint16 if self.cache.dtype == "bfloat16" else np.dtype(self.cache.dtype)
 
     def _held(self, conversation: Conversation, name: str) -> npt.NDArray[Any]:
         if name in conversation._arrays:
@@ -481,7 +485,7 @@ class Generator:
     def _buffer(self, array: npt.NDArray[Any]) -> Any:
         from onnxruntime import OrtValue
 
-        if self.cache.dtype == "bfloat16":
+        if self._buffer_type == "tensor(bfloat16)":
             return OrtValue.ortvalue_from_numpy_with_onnx_type(array, _BFLOAT16)
         # On the CPU this is the array's own memory, on a device a copy.
         return OrtValue.ortvalue_from_numpy(array, self._device, 0)
@@ -497,11 +501,7 @@ def choose(
         random: draws; None is `Sampling.seed` anew.
     """
     scores = logits.astype(np.float64)
-    if sampling.repetition_penalty != 1 and len(history):
-        seen = np.unique(np.asarray(history, dtype=np.int64))
-        old = scores[seen]
-        penalty = sampling.repetition_penalty
-        scores[seen] = np.where(old < 0, old * penalty, old / penalty)
+    penalize(scores, history, sampling.repetition_penalty)
     if sampling.temperature == 0:
         return int(np.argmax(scores))
     probabilities = distribution(scores, sampling)
@@ -510,6 +510,15 @@ def choose(
     kept = np.flatnonzero(probabilities)
     edge = np.searchsorted(np.cumsum(probabilities[kept]), drawn, side="right")
     return int(kept[min(int(edge), len(kept) - 1)])
+
+
+def penalize(scores: npt.NDArray[Any], tokens: Ids, penalty: float) -> None:
+    """Divide the scores `[V]` of `tokens` by `penalty` where positive, else multiply, in place."""
+    if penalty == 1:
+        return
+    seen = np.unique(np.asarray(tokens, dtype=np.int64))
+    old, factor = scores[seen], scores.dtype.type(penalty)
+    scores[seen] = np.where(old < 0, old * factor, old / factor)
 
 
 def distribution(scores: npt.NDArray[np.float64], sampling: Sampling) -> npt.NDArray[np.float64]:

@@ -16,6 +16,7 @@ from mmopt_export.checkpoint import quiet_transformers
 from mmopt_export.manifest import TensorSpec
 from mmopt_export.parts import Part
 from mmopt_export.repairs import repair
+from mmopt_export.runtime import MODEL
 from mmopt_kernels.errors import MmoptError, one_line
 
 OPSET = 20
@@ -57,11 +58,9 @@ def trace(part: Part, *, target: str) -> onnx_ir.Model:
         opset_version=OPSET,
         ort_fusions=target if target in _FUSED else None,
     )
-    what = (
-        f"the {part.name} of {_architecture(module)}"
-        if part.name != "model"
-        else (_architecture(module))
-    )
+    what = _architecture(module)
+    if part.name != MODEL:
+        what = f"the {part.name} of {what}"
     try:
         with quiet():
             exported = OnnxExporter().export(module, dict(part.inputs), config=config)

@@ -192,7 +192,7 @@ def image_text(grid: tuple[int, int], prompt: Mapping[str, Any], tokens: int) ->
     Args:
         grid: of the picture.
         prompt: `manifest.preprocessing["prompt"]`: `image`, the text of one image token, and
-            `before` and `after`; with `tile`, `row_end` and `whole` where pictures are cut.
+            `before` and `after`; with `tile` and `row_end` where pictures are cut.
         tokens: of one tile.
     """
     many = prompt["image"] * tokens
@@ -232,7 +232,7 @@ def patch_layout(grids: Array, *, merge: int, window: int = 0) -> Tensors:
     order: list[Array] = []
     windows: list[Array] = []
     frames: list[Array] = []
-    tokens = 0
+    tokens = ordered = 0
     for count, high, wide in grids.tolist():
         rows, columns = np.meshgrid(np.arange(high), np.arange(wide), indexing="ij")
         blocks = (high // merge, merge, wide // merge, merge)
@@ -245,9 +245,9 @@ def patch_layout(grids: Array, *, merge: int, window: int = 0) -> Tensors:
             if window:
                 index = np.arange(high // merge * (wide // merge)).reshape(high // merge, -1)
                 for one in _windows(index, window):
-                    first = sum(len(other) for other in order) * merge * merge
                     order.append(one + tokens)
-                    windows.append(np.arange(len(one) * merge * merge) + first)
+                    windows.append(np.arange(len(one) * merge * merge) + ordered * merge * merge)
+                    ordered += len(one)
             tokens += high * wide // (merge * merge)
     places = np.concatenate(positions).reshape(-1, merge * merge, 2)
     layout = {"patch_positions": places, "frames": _rows(frames)}

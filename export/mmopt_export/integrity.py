@@ -149,7 +149,7 @@ def graph_errors(folder: Path, name: str, sizes: Mapping[str, int]) -> list[str]
         return ["is no ONNX graph"]
     errors = []
     here = PurePosixPath(name).parent
-    for message in _messages(model):
+    for message in messages(model):
         kind = message.DESCRIPTOR.name
         if kind == "TensorProto":
             if problem := _tensor_error(message, here, sizes):
@@ -186,7 +186,7 @@ def external_files(model: Any) -> set[str]:
     """The files that the tensors of an `onnx.ModelProto` lie in, as the graph names them."""
     return {
         entry.value
-        for message in _messages(model)
+        for message in messages(model)
         if message.DESCRIPTOR.name == "TensorProto"
         for entry in message.external_data
         if entry.key == "location"
@@ -237,8 +237,8 @@ def _bad_name(name: str) -> str | None:
     return None
 
 
-def _messages(root: Any) -> Iterator[Any]:
-    """The graphs, nodes and tensors anywhere below a message: subgraphs, functions, attributes.
+def messages(root: Any) -> Iterator[Any]:
+    """The nodes and tensors anywhere below a message: in subgraphs, functions, attributes.
 
     By the schema that protobuf knows, so that no place is forgotten, and without recursion.
     """

@@ -7,11 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from packaging.version import Version
+
 from mmopt_export.files import ARTIFACT_MARKER, read_json, sha256
 from mmopt_kernels.errors import InputError
 
 MANIFEST_NAME = ARTIFACT_MARKER
 SCHEMA_VERSION = 2
+PRECISIONS = ("fp32", "bf16", "fp16", "int8", "int4")
+"""What a graph can have, from wide to narrow."""
 
 
 @dataclass(frozen=True)
@@ -176,7 +180,7 @@ def read_manifest(folder: Path) -> Manifest:
 
     Raises:
         InputError: the folder or the file is missing, is not JSON, is of another schema version,
-            or lacks a field.
+            or lacks a field or has one of no meaning.
     """
     path = folder / MANIFEST_NAME
     if not path.is_file():
@@ -200,6 +204,10 @@ def read_manifest(folder: Path) -> Manifest:
 
 def _parse(document: Mapping[str, Any]) -> Manifest:
     source = document["source"]
+    Version(document["minimum_onnxruntime"])  # raises a ValueError
+    for one in (document, *document["components"].values()):
+        if one["precision"] not in PRECISIONS:
+            raise ValueError(f"precision {one['precision']!r}")
     fields = {
         **document,
         "components": {

@@ -59,6 +59,8 @@ RANDOM = "grid"
 """The kind of seeded random values over batch, length and padding, where there is one such kind."""
 REAL = ("text", "image", "audio")
 """The kinds of samples that calibration data give; all others are made up."""
+GENERATED = "generated"
+"""The kind of sample that a decoder generates step by step; see `mmopt_export.decoder.parity`."""
 
 
 def is_random(kind: str) -> bool:
@@ -72,7 +74,7 @@ class Sample:
 
     Attributes:
         component: which graph.
-        kind: one of `REAL`, or what was made up.
+        kind: one of `REAL`, `GENERATED`, or what was made up.
         feeds: by input.
         expected: the PyTorch model's fp32 outputs, by name; outputs that are not here are not
             compared.

@@ -42,6 +42,8 @@ class Part:
         kind: its row of the capability table, where that is not its plan's.
         excluded: by target the kinds of samples that its graph cannot run there; runtimes must not
             feed it such either.
+        generated: for a decoder what the eager model generates, as a sample that the finished graph
+            is held against, at export and by `mmopt verify`; called once the graph is traced.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Part:
     tracer: "Callable[[Part, str], onnx_ir.Model] | None" = None
     kind: str | None = None
     excluded: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    generated: Callable[[], Sample] | None = None
 
     def expect(self, feeds: Tensors) -> Tensors:
         """The eager outputs for `feeds`, by name."""

@@ -1,9 +1,10 @@
-"""The export: load, merge, trace, quantize, prove, and move into place."""
+"""The export: load, merge, trace, finish each graph, prove the whole, and move into place."""
 
 import gc
 import importlib.metadata
+import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,45 +14,22 @@ from rich.console import Group, RenderableType
 
 from mmopt_export.adapters.files import SUFFIX, write_adapter
 from mmopt_export.adapters.spec import AdapterSpec
-from mmopt_export.adapters.swap import add_defaults, swap_layers, swappable
+from mmopt_export.adapters.swap import swap_layers, swappable
 from mmopt_export.card import write_card
 from mmopt_export.checkpoint import Checkpoint, load_checkpoint
-from mmopt_export.files import require_output, require_space, sha256, staged_folder
-from mmopt_export.graph import tensor_specs, trace
-from mmopt_export.manifest import (
-    CacheMap,
-    Component,
-    FileRecord,
-    Manifest,
-    Source,
-    record_files,
-)
-from mmopt_export.parity import (
-    Sample,
-    StageParity,
-    compare_samples,
-    is_random,
-    parity_table,
-    stored_samples,
-    write_parity,
-)
+from mmopt_export.files import require_output, require_space, staged_folder
+from mmopt_export.finishing import FULL, TracedGraph, finish, width_of
+from mmopt_export.graph import trace
+from mmopt_export.manifest import PRECISIONS, FileRecord, Manifest, Source, record_files
+from mmopt_export.parity import StageParity, parity_table, stored_samples, write_parity
 from mmopt_export.parts import Part, Proof
-from mmopt_export.placement import Placement
+from mmopt_export.placement import CPU, Placement
 from mmopt_export.progress import Progress, silent
 from mmopt_export.providers import AUTO, Target, get_target
-from mmopt_export.quantization import (
-    NothingToQuantizeError,
-    candidates,
-    choose,
-    quantize,
-    recipe_for,
-    rewrite_for_cpu,
-)
-from mmopt_export.runtime import MODEL_NAME, has_provider, open_session, runtime_version
-from mmopt_export.scoring import measure_of, metric_of
+from mmopt_export.quantization import rewrite_for_cpu
+from mmopt_export.runtime import MODEL_NAME, has_provider, runtime_version
 from mmopt_export.signing import read_private_key, sign
 from mmopt_export.tasks import make_plan
-from mmopt_export.verification import prove_component
 from mmopt_kernels.errors import InputError, MmoptError
 
 MINIMUM_ONNXRUNTIME = "1.30"
@@ -59,11 +37,7 @@ MAX_DROP = 0.05
 """What `auto` may lose where nobody says: outputs that are off by a twentieth, which is a cosine of
 about 0.999, or a twentieth of the accuracy where there are labels."""
 
-_CPU = "CPUExecutionProvider"
-_FULL = "fp32"
 _TOOLS = ("torch", "transformers", "peft", "onnx", "onnxscript", "mmopt")
-# From wide to narrow: what a graph takes when it cannot have what was asked for the artifact.
-_WIDTHS = ("fp32", "bf16", "fp16", "int8", "int4")
 
 
 @dataclass(frozen=True)
@@ -172,6 +146,8 @@ def export(
             f"--max-drop is what --precision {AUTO} may lose, and --precision is {precision}. "
             f"Pass --precision {AUTO}, or leave --max-drop out."
         )
+    if max_drop is not None and not 0 <= max_drop < math.inf:
+        raise InputError(f"--max-drop {max_drop} is no budget, expected zero or more.")
     if swap and not specs:
         raise InputError("--adapters swap needs an adapter, expected --adapter PATH.")
     require_output(
@@ -187,7 +163,7 @@ def export(
             "proven. Export on a machine that has it (`mmopt doctor` says what this one has), or "
             "pass --unproven for an artifact that `mmopt verify --record` proves there."
         )
-    provider = destination.provider if provable else _CPU
+    provider = destination.provider if provable else CPU
     with staged_folder(output, replace=force) as folder:
         traced = _trace(
             model,
@@ -202,31 +178,28 @@ def export(
         )
         # Models and what traced them refer to themselves.
         gc.collect()
-        components: dict[str, Component] = {}
-        stages: list[StageParity] = []
-        placements = []
-        for graph in traced.graphs:
-            component, held, placement = _finish(
+        finished = {
+            graph.name: finish(
                 graph,
                 folder,
                 target=destination,
                 provider=provider,
                 calibration=calibration,
                 max_drop=MAX_DROP if max_drop is None else max_drop,
+                longest=traced.max_length,
                 progress=progress,
             )
-            components[graph.name] = component
-            stages += held
-            placements.append(placement)
-        reached = max((one.precision for one in components.values()), key=_WIDTHS.index)
+            for graph in traced.graphs
+        }
+        components = {name: one.component for name, one in finished.items()}
+        stages = [stage for one in finished.values() for stage in one.stages]
+        placements = tuple(one.placement for one in finished.values())
+        reached = max((one.precision for one in components.values()), key=PRECISIONS.index)
         if traced.proof is not None:
             with progress("parity: as a whole", None):
                 stages += traced.proof(folder, reached, provider)
-        write_parity(
-            folder,
-            stages,
-            [one for graph in traced.graphs for one in stored_samples(graph.samples)],
-        )
+        samples = [[*stored_samples(one.samples), *one.generated] for one in traced.graphs]
+        write_parity(folder, stages, [sample for of_graph in samples for sample in of_graph])
         holds = all(stage.holds for stage in stages if stage.gates)
         placed = all(placement.holds for placement in placements) or not provable
         manifest = Manifest(
@@ -240,7 +213,7 @@ def export(
             opset=traced.opset,
             minimum_onnxruntime=MINIMUM_ONNXRUNTIME,
             components=components,
-            caches={name: _typed(cache, components[name]) for name, cache in traced.caches.items()},
+            caches={name: one.cache for name, one in finished.items() if one.cache is not None},
             adapters=traced.adapters,
             labels=traced.labels,
             max_length=traced.max_length,
@@ -266,7 +239,7 @@ def export(
         size=sum(record.size for record in manifest.files.values()),
         files=manifest.files,
         stages=tuple(stages),
-        placement=tuple(placements),
+        placement=placements,
         quantization={name: one.quantization for name, one in components.items()},
         warnings=traced.warnings,
     )
@@ -281,35 +254,14 @@ def _status(holds: bool, placed: bool, *, provable: bool, allow_drift: bool) -> 
     return "verified" if holds else "accepted"
 
 
-def _typed(cache: CacheMap, component: Component) -> CacheMap:
-    """The cache with the type that its buffers have in the finished graph."""
-    types = {spec.name: spec.dtype for spec in component.inputs}
-    return replace(cache, dtype=types[cache.layers[0][0]])
-
-
-@dataclass(frozen=True)
-class _Graph:
-    """A traced part on disk, in fp32, what it is held against, and what becomes of it."""
-
-    name: str
-    kind: str
-    precision: str
-    folder: Path
-    file: Path
-    samples: list[Sample]
-    swapped: bool
-    alone: bool
-
-
 @dataclass(frozen=True)
 class _Traced:
     """What is left of a model when its graphs are on disk: nothing here holds its weights."""
 
     task: str
     architecture: str
-    graphs: list[_Graph]
+    graphs: list[TracedGraph]
     opset: dict[str, int]
-    caches: dict[str, CacheMap]
     adapters: dict[str, dict[str, str]]
     labels: tuple[str, ...]
     max_length: int | None
@@ -359,21 +311,24 @@ def _trace(
                 rewrite_for_cpu(graph)
         place = folder if alone else folder / part.name
         place.mkdir(exist_ok=True)
-        width = _width(target, part.kind or plan.kind, wanted)
+        width = width_of(target, part.kind or plan.kind, wanted)
         # What is not fp32 in the end is made from the fp32 graph, which is removed then.
-        file = place / (MODEL_NAME if width == _FULL and not swapped else f"{_FULL}.onnx")
+        file = place / (MODEL_NAME if width == FULL and not swapped else f"{FULL}.onnx")
         onnx_ir.save(graph, file, external_data=f"{file.name}.data")
         opset |= {domain or "ai.onnx": version for domain, version in graph.opset_imports.items()}
         with progress(f"PyTorch's outputs{label}", None):
             samples = list(part.sampled(target.name))
+            generated = [part.generated()] if part.generated is not None else []
         graphs.append(
-            _Graph(
+            TracedGraph(
                 name=part.name,
                 kind=part.kind or plan.kind,
                 precision=width,
                 folder=place,
                 file=file,
                 samples=samples,
+                generated=generated,
+                cache=plan.caches.get(part.name),
                 swapped=swapped,
                 alone=alone,
             )
@@ -386,7 +341,6 @@ def _trace(
         architecture=type(checkpoint.model).__name__,
         graphs=graphs,
         opset=opset,
-        caches=dict(plan.caches),
         adapters=adapter_files,
         labels=plan.labels,
         max_length=plan.max_length,
@@ -406,24 +360,6 @@ def _let_go(model: torch.nn.Module) -> None:
         value.data = torch.empty(0, dtype=value.dtype)
 
 
-def _width(target: Target, kind: str, wanted: str) -> str:
-    """What a graph of `kind` takes in an artifact of `wanted`: that, or the next wider it can have.
-
-    A vision tower beside a decoder of int4 has int8 on the CPU, say.
-    """
-    if wanted == AUTO:
-        return AUTO
-    return _from(target, kind, wanted)[0]
-
-
-def _from(target: Target, kind: str, wanted: str) -> list[str]:
-    """The precisions that `kind` can have there from `wanted` on, narrowest first."""
-    available = target.capability(kind).precisions
-    wider = _WIDTHS[: _WIDTHS.index(wanted) + 1]
-    fitting = [one for one in reversed(wider) if one in available]
-    return fitting or [target.default_precision(kind)]
-
-
 def _write_adapters(
     folder: Path, checkpoint: Checkpoint, parts: Sequence[Part]
 ) -> dict[str, dict[str, str]]:
@@ -441,82 +377,3 @@ def _write_adapters(
             write_adapter(folder / file, checkpoint.swap.arrays(part.module, adapter))
             written.setdefault(adapter.name, {})[part.name] = file.as_posix()
     return written
-
-
-def _finish(
-    graph: _Graph,
-    folder: Path,
-    *,
-    target: Target,
-    provider: str,
-    calibration: Path | None,
-    max_drop: float,
-    progress: Progress,
-) -> tuple[Component, list[StageParity], Placement]:
-    """Bring a graph to its precision as `model.onnx`, and hold every stage of it."""
-    stages: list[StageParity] = []
-    model = graph.folder / MODEL_NAME
-
-    def hold(stage: str, path: Path, precision: str, *, optimize: bool = True) -> None:
-        with progress(f"parity of {graph.name}: {stage}", None):
-            session = open_session(path, provider=provider, optimize=optimize)
-            stages.extend(compare_samples(stage, precision, graph.samples, session))
-
-    hold("fp32-unoptimized", graph.file, _FULL, optimize=False)
-    precision, recipe = _FULL, None
-    if graph.file != model:
-        hold("fp32", graph.file, _FULL)
-        with progress(f"quantize {graph.name}", None):
-            precision, recipe = _quantize(graph, model, target, provider, max_drop)
-        graph.file.unlink()
-        graph.file.with_name(f"{graph.file.name}.data").unlink(missing_ok=True)
-        if graph.swapped:
-            add_defaults(model)
-        if recipe is not None and calibration is not None:
-            recipe["calibration"] = {"sha256": sha256(calibration)}
-    with progress(f"parity and placement of {graph.name}", None):
-        held, placement = prove_component(
-            graph.name, model, precision, graph.samples, provider=provider
-        )
-    final = onnx_ir.load(model).graph
-    component = Component(
-        file=model.relative_to(folder).as_posix(),
-        inputs=tensor_specs(final.inputs),
-        outputs=tensor_specs(final.outputs),
-        precision=precision,
-        quantization=recipe,
-    )
-    return component, [*stages, *held], placement
-
-
-def _quantize(
-    graph: _Graph, model: Path, target: Target, provider: str, max_drop: float
-) -> tuple[str, dict[str, Any] | None]:
-    """Write `model` from the fp32 graph; its precision and the record of how."""
-    # Real inputs where there are any: random ids make other activations than language does.
-    real = [sample for sample in graph.samples if not is_random(sample.kind)]
-    samples = real or graph.samples
-    feeds = [sample.feeds for sample in samples]
-    if graph.precision != AUTO:
-        for width in _from(target, graph.kind, graph.precision):
-            recipe = recipe_for(target, graph.kind, width)
-            try:
-                record = quantize(graph.file, model, recipe, feeds)
-            except NothingToQuantizeError:
-                # One of several graphs may have no weight, and takes the next wider precision.
-                if graph.alone:
-                    raise
-                continue
-            return width, record if recipe.method != "none" else None
-    record = choose(
-        graph.file,
-        model,
-        candidates(target, graph.kind),
-        feeds,
-        None,
-        max_drop,
-        metric=metric_of(samples),
-        provider=provider,
-    )
-    record["auto"]["measure"] = measure_of(samples)
-    return str(record["recipe"]["precision"]), record

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmopt_export.integrity import read_graph
+from mmopt_export.integrity import messages, read_graph
 from mmopt_kernels.errors import MmoptError
 
 CPU = "CPUExecutionProvider"
@@ -284,15 +284,5 @@ def measure_placement(component: str, model: Path, session: Any, *, provider: st
 
 def count_operators(model: Path) -> dict[str, int]:
     """Nodes by type in an ONNX file, those of subgraphs included; weights are not read."""
-    from onnx import AttributeProto
-
-    counts: Counter[str] = Counter()
-    pending = [read_graph(model).graph]
-    while pending:
-        for node in pending.pop().node:
-            counts[node.op_type] += 1
-            for attribute in node.attribute:
-                if attribute.type == AttributeProto.GRAPH:
-                    pending.append(attribute.g)
-                pending.extend(attribute.graphs)
-    return dict(counts)
+    nodes = messages(read_graph(model).graph)
+    return dict(Counter(one.op_type for one in nodes if one.DESCRIPTOR.name == "NodeProto"))

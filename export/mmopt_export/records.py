@@ -3,14 +3,13 @@
 Paths are relative to the file.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mmopt_export.preprocessing import open_image, open_sound
-from mmopt_export.texts import read_rows
+from mmopt_export.texts import read_rows, string_at
 from mmopt_kernels.errors import InputError
 
 
@@ -67,11 +66,7 @@ def _read(
     columns = (column,) if text is None else (column, text)
     for number, row in read_rows(path):
         for key in columns:
-            if not isinstance(row.get(key), str):
-                raise InputError(
-                    f'{path}, line {number}: expected an object with a string "{key}", got '
-                    f"{json.dumps(row, ensure_ascii=False)[:80]}"
-                )
+            string_at(path, number, row, key)
         if len(records) == limit:
             continue
         file = path.parent / row[column]

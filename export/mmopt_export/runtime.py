@@ -11,7 +11,7 @@ from packaging.version import Version
 from mmopt_export.integrity import require_integrity
 from mmopt_export.manifest import Manifest, read_manifest
 from mmopt_export.threads import usable_cores
-from mmopt_kernels.errors import CheckFailedError, InputError, MmoptError
+from mmopt_kernels.errors import CheckFailedError, InputError, MmoptError, one_line
 
 if TYPE_CHECKING:
     from mmopt_export.adapters.files import AdapterSet
@@ -144,7 +144,7 @@ class Runner:
         threads: intra-op threads; None takes every core that this process may use.
 
     Raises:
-        InputError: the folder is not an artifact.
+        InputError: the folder is not an artifact, or its tokenizer cannot be read.
         CheckFailedError: its parity check had failed or was never made on its target, or a file
             differs from the manifest.
         MmoptError: ONNX Runtime is missing or older than the artifact needs.
@@ -157,12 +157,12 @@ class Runner:
         require_integrity(artifact, self.manifest)
         require_runtime(self.manifest)
         self.provider = self.manifest.provider
+        self._tokenizer = _load_tokenizer(artifact, self.manifest)
         self._sessions = {
             name: open_session(artifact / part.file, provider=self.provider, threads=threads)
             for name, part in self.manifest.components.items()
         }
         self._adapters: dict[str, AdapterSet] = {}
-        self._tokenizer = _load_tokenizer(artifact, self.manifest)
 
     def session(self, component: str = MODEL) -> Any:
         """The ONNX Runtime session of a component.
@@ -285,5 +285,11 @@ def _load_tokenizer(artifact: Path, manifest: Manifest) -> Any:
         return None
     from tokenizers import Tokenizer
 
-    # Truncation, padding token and side were fixed in the file at export.
-    return Tokenizer.from_file(str(artifact / _TOKENIZER_NAME))
+    path = artifact / _TOKENIZER_NAME
+    try:
+        # Truncation, padding token and side were fixed in the file at export.
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # of no type of its own
+        raise InputError(
+            f"{path} holds no tokenizer ({one_line(error)}). Export the model again."
+        ) from error

@@ -1,7 +1,7 @@
 """Reads JSON Lines of texts and labels: `{"text": ..., "label": ...}`, one object a line."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,12 +31,7 @@ def read_texts(path: Path, *, text: str = "text", label: str | None = None) -> L
     texts: list[str] = []
     labels: list[str] = []
     for number, row in read_rows(path):
-        if not isinstance(row.get(text), str):
-            raise InputError(
-                f'{path}, line {number}: expected an object with a string "{text}", got '
-                f"{json.dumps(row, ensure_ascii=False)[:80]}"
-            )
-        texts.append(row[text])
+        texts.append(string_at(path, number, row, text))
         if label is not None:
             value = row.get(label)
             if not isinstance(value, str | int):
@@ -72,3 +67,18 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         if not isinstance(row, dict):
             raise InputError(f"{path}, line {number}: expected an object, got {line[:80]}")
         yield number, row
+
+
+def string_at(path: Path, number: int, row: Mapping[str, Any], key: str) -> str:
+    """The string that a row of `read_rows` has under `key`.
+
+    Raises:
+        InputError: it has none; the message names the line.
+    """
+    value = row.get(key)
+    if not isinstance(value, str):
+        raise InputError(
+            f'{path}, line {number}: expected an object with a string "{key}", got '
+            f"{json.dumps(row, ensure_ascii=False)[:80]}"
+        )
+    return value

@@ -13,10 +13,24 @@ import numpy as np
 from rich.console import Group, RenderableType
 
 from mmopt_export.card import CARD_NAME, restated
+from mmopt_export.decoder.parity import prove_greedy
 from mmopt_export.files import SIGNATURE_NAME
 from mmopt_export.integrity import require_integrity
-from mmopt_export.manifest import MANIFEST_NAME, Manifest, read_manifest, record_files
-from mmopt_export.parity import Sample, StageParity, compare_samples, parity_table, read_samples
+from mmopt_export.manifest import (
+    MANIFEST_NAME,
+    CacheMap,
+    Manifest,
+    read_manifest,
+    record_files,
+)
+from mmopt_export.parity import (
+    GENERATED,
+    Sample,
+    StageParity,
+    compare_samples,
+    parity_table,
+    read_samples,
+)
 from mmopt_export.placement import Placement, measure_placement
 from mmopt_export.progress import Progress, silent
 from mmopt_export.runtime import Runner, open_session, require_runtime
@@ -170,19 +184,54 @@ def _run(
 ) -> tuple[list[StageParity], Placement]:
     """Run a graph's stored samples."""
     component = manifest.components[name]
-    if not samples:
+    if all(sample.kind == GENERATED for sample in samples):
         raise CheckFailedError(
             f"{artifact} holds no samples of the graph {name}, so its parity cannot be checked. "
             "Export the model again."
         )
-    model = artifact / component.file
-    return prove_component(name, model, component.precision, samples, provider=manifest.provider)
+    return prove_component(
+        name,
+        artifact / component.file,
+        component.precision,
+        samples,
+        provider=manifest.provider,
+        cache=manifest.caches.get(name),
+        longest=manifest.max_length,
+    )
 
 
 def prove_component(
-    name: str, model: Path, precision: str, samples: Sequence[Sample], *, provider: str
+    name: str,
+    model: Path,
+    precision: str,
+    samples: Sequence[Sample],
+    *,
+    provider: str,
+    cache: CacheMap | None,
+    longest: int | None,
 ) -> tuple[list[StageParity], Placement]:
-    """Run a graph's samples in one session, under ONNX Runtime's profiler."""
+    """Run a graph's samples in one session, under ONNX Runtime's profiler.
+
+    Then, where what it should generate is among them, generate that in another.
+
+    Args:
+        cache: of a decoder.
+        longest: tokens that a decoder has positions for; None where it has no end.
+    """
+    fed = [sample for sample in samples if sample.kind != GENERATED]
+    stages, placement = _run_profiled(name, model, precision, fed, provider)
+    stages += [
+        prove_greedy(sample, model, precision, provider=provider, cache=cache, longest=longest)
+        for sample in samples
+        if sample.kind == GENERATED
+    ]
+    return stages, placement
+
+
+def _run_profiled(
+    name: str, model: Path, precision: str, samples: Sequence[Sample], provider: str
+) -> tuple[list[StageParity], Placement]:
+    """A function, so that its session is gone before there is another."""
     with tempfile.TemporaryDirectory() as scratch:
         session = open_session(model, provider=provider, profile=Path(scratch) / "profile")
         stages = compare_samples(precision, precision, samples, session)

@@ -15,25 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.modeling_utils import str_to_torch_dtype
 
 from mmopt_kernels import Int8Weight, NF4Weight, dequantize_nf4
 from mmopt_kernels.errors import InputError, KernelInputError
-from mmopt_kernels.quantized import dense, flatten
+from mmopt_kernels.quantized import NESTED_BLOCKSIZE, check, dense, flatten
 
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
 _STATE = ".quant_state.bitsandbytes__"
 _NF4_PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
 
@@ -104,6 +91,7 @@ class QuantizedTensor:
         try:
             if self.state is None:
                 weight = Int8Weight(self.main.read(), self.parts["SCB"].read())
+                check(self.main.key, weight)
                 return dense(*flatten(weight), torch.float32, "reference")
             dtype = getattr(torch, self.state["dtype"])
             return dequantize_nf4(self._nf4(self.state), dtype, impl="reference").float()
@@ -131,7 +119,7 @@ class QuantizedTensor:
             nested_absmax=self.parts[".nested_absmax"].read() if nested else None,
             nested_code=self.parts[".nested_quant_map"].read() if nested else None,
             offset=torch.tensor(state["nested_offset"]) if nested else None,
-            nested_blocksize=state["nested_blocksize"] if nested else 256,
+            nested_blocksize=state["nested_blocksize"] if nested else NESTED_BLOCKSIZE,
             code=self.parts[".quant_map"].read(),
         )
 
@@ -150,16 +138,16 @@ def stored_tensors(files: list[Path]) -> dict[str, StoredTensor]:
         for key, entry in header.items():
             if key == "__metadata__":
                 continue
-            if entry["dtype"] not in _DTYPES:
+            if entry["dtype"] not in str_to_torch_dtype:
                 raise InputError(
                     f"{path} holds {key} as {entry['dtype']}, expected one of "
-                    f"{', '.join(_DTYPES)}. Save it in another dtype."
+                    f"{', '.join(str_to_torch_dtype)}. Save it in another dtype."
                 )
             start, end = entry["data_offsets"]
             found[key] = StoredTensor(
                 path=path,
                 key=key,
-                dtype=_DTYPES[entry["dtype"]],
+                dtype=str_to_torch_dtype[entry["dtype"]],
                 shape=tuple(entry["shape"]),
                 offset=8 + length + start,
                 size=end - start,

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -125,10 +125,13 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Exported:
 
 
 def expected(exported: Exported, name: str | None) -> np.ndarray:
+    return _logits(exported.base, None if name is None else exported.folders[name])
+
+
+@cache
+def _logits(base: Path, adapter: Path | None) -> np.ndarray:
     inputs = {"input_ids": torch.from_numpy(IDS), "attention_mask": torch.from_numpy(MASK)}
-    model = load_plain(exported.base)
-    if name is not None:
-        model = unmerged(exported.base, exported.folders[name])
+    model = load_plain(base) if adapter is None else unmerged(base, adapter)
     return logits(model, **inputs).numpy()
 
 
@@ -381,15 +384,19 @@ REFUSED = {
 }
 
 
+@pytest.fixture(scope="module")
+def biased(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_llama(tmp_path_factory.mktemp("biased") / "model", attention_bias=True)
+
+
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_is_more_than_a_and_b_is_refused_by_name(
-    case: str, llama: Exported, tmp_path: Path
+    case: str, biased: Path, tmp_path: Path
 ) -> None:
     config, message = REFUSED[case]
-    base = save_llama(tmp_path / "base", attention_bias=True)
-    adapter = save_peft(base, tmp_path / "adapter", config)
+    adapter = save_peft(biased, tmp_path / "adapter", config)
     with pytest.raises(InputError, match=rf"{message}.*Merge it with --adapters merge"):
-        load_checkpoint(str(base), adapters=[str(adapter)], adapt="swap")
+        load_checkpoint(str(biased), adapters=[str(adapter)], adapt="swap")
 
 
 def test_another_method_is_refused_by_name(llama: Exported, tmp_path: Path) -> None:

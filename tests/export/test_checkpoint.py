@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from mmopt_export.adapters.attach import adapter_scales
 from mmopt_export.adapters.merge import merge_adapter
 from mmopt_export.adapters.spec import AdapterSpec
-from mmopt_export.checkpoint import TRAIN_RECORD, load_checkpoint, weights_sha256
+from mmopt_export.checkpoint import TRAIN_RECORD, Adapt, load_checkpoint, weights_sha256
 from mmopt_export.files import sha256
 from mmopt_kernels.errors import InputError, MmoptError
 from tiny_adapters import save_llama, save_peft
@@ -175,6 +175,18 @@ def test_a_tampered_adapter_is_named_by_its_record(
         load_checkpoint(str(classifier), adapters=[str(trained)])
 
 
+@pytest.mark.parametrize(("adapt", "weight"), [("attach", 1.0), ("merge", 0.5), ("swap", 1.0)])
+def test_truncated_weights_of_an_adapter_are_named(
+    adapt: Adapt, weight: float, classifier: Path, adapter: Path, tmp_path: Path
+) -> None:
+    other = Path(shutil.copytree(adapter, tmp_path / "other"))
+    weights = other / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    spec = AdapterSpec(str(other), weight)
+    with pytest.raises(InputError, match=r"adapter_model\.safetensors is truncated or damaged"):
+        load_checkpoint(str(classifier), adapters=[spec], adapt=adapt)
+
+
 def test_an_adapter_that_is_not_lora_is_named(
     classifier: Path, adapter: Path, tmp_path: Path
 ) -> None:
@@ -273,6 +285,9 @@ def test_loading_holds_the_weights_once(tmp_path: Path) -> None:
     assert peak < weights + 4 * largest + 16e6, (peak, weights, largest)
 
 
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+
+
 def quantize(model: Path, folder: Path, **settings: object) -> Path:
     """Save a model as bitsandbytes quantizes it."""
     config = transformers.BitsAndBytesConfig(**settings)
@@ -290,18 +305,22 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
+@pytest.fixture(scope="module")
+def nf4(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`llama` in NF4; tests that change it copy it first."""
+    pytest.importorskip("bitsandbytes", reason="quantizes the base")
+    return quantize(llama, tmp_path_factory.mktemp("nf4") / "model", **NF4)
+
+
 @pytest.mark.parametrize("double", [False, True], ids=["single", "double"])
 def test_an_adapter_is_merged_onto_its_dequantized_nf4_base(
-    double: bool, llama: Path, tmp_path: Path
+    double: bool, llama: Path, nf4: Path, tmp_path: Path
 ) -> None:
-    bitsandbytes = pytest.importorskip("bitsandbytes", reason="quantizes the base")
-    base = quantize(
-        llama,
-        tmp_path / "nf4",
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=double,
-    )
+    import bitsandbytes
+
+    base = nf4
+    if double:
+        base = quantize(llama, tmp_path / "double", **NF4, bnb_4bit_use_double_quant=True)
     config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], task_type="CAUSAL_LM")
     adapter = save_peft(llama, tmp_path / "adapter", config)
     checkpoint = load_checkpoint(str(base), adapters=[str(adapter)], adapt="merge")
@@ -332,12 +351,12 @@ def test_an_adapter_is_merged_onto_its_dequantized_nf4_base(
             assert found.dtype == torch.float32
 
 
-def test_an_attached_adapter_leaves_its_nf4_base_quantized(llama: Path, tmp_path: Path) -> None:
-    pytest.importorskip("bitsandbytes", reason="quantizes the base")
-    base = quantize(llama, tmp_path / "nf4", load_in_4bit=True, bnb_4bit_quant_type="nf4")
+def test_an_attached_adapter_leaves_its_nf4_base_quantized(
+    llama: Path, nf4: Path, tmp_path: Path
+) -> None:
     config = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
     adapter = save_peft(llama, tmp_path / "adapter", config)
-    checkpoint = load_checkpoint(str(base), adapters=[str(adapter)])
+    checkpoint = load_checkpoint(str(nf4), adapters=[str(adapter)])
     layer = checkpoint.model.get_base_model().model.layers[0].self_attn.q_proj
     assert type(layer.base_layer).__name__ == "Linear4bit"
     assert checkpoint.quantized is None
@@ -353,6 +372,11 @@ def test_an_int8_base_is_dequantized(llama: Path, tmp_path: Path) -> None:
     expected = stored[f"{name}.weight"].double() * stored[f"{name}.SCB"].double()[:, None] / 127
     found = checkpoint.model.get_parameter(f"{name}.weight").double()
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+    # One scale for all rows would be multiplied with each of them.
+    stored[f"{name}.SCB"] = stored[f"{name}.SCB"][:1].clone()
+    save_file(stored, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"quantized weight model.layers.0.mlp.up_proj.weight is"):
+        load_checkpoint(str(base), adapt="merge")
 
 
 def test_an_fp4_base_is_refused_by_name(llama: Path, tmp_path: Path) -> None:
@@ -381,9 +405,8 @@ def test_a_config_that_claims_a_quantization_is_refused(llama: Path, tmp_path: P
         load_checkpoint(str(other), adapt="merge")
 
 
-def test_damaged_parts_of_a_quantized_weight_are_named(llama: Path, tmp_path: Path) -> None:
-    pytest.importorskip("bitsandbytes", reason="quantizes the base")
-    base = quantize(llama, tmp_path / "nf4", load_in_4bit=True, bnb_4bit_quant_type="nf4")
+def test_damaged_parts_of_a_quantized_weight_are_named(nf4: Path, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(nf4, tmp_path / "nf4"))
     tensors = load_file(base / "model.safetensors")
     name = "model.layers.1.mlp.up_proj.weight"
     del tensors[f"{name}.absmax"]

@@ -11,6 +11,7 @@ import onnx_ir
 import pytest
 import torch
 
+from mmopt_export.caches import pasts
 from mmopt_export.decoder.lowering import Window, _window
 from mmopt_export.decoder.parity import greedy_parity, greedy_reference
 from mmopt_export.decoder.part import Extra, cache_map, decoder_part
@@ -25,28 +26,13 @@ from tiny_decoders import (
     Exported,
     tiny_decoder,
     tiny_gpt_oss,
+    traced,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 # fp32 of two runtimes on logits and keys of order 1 to 6: rounding, measured at most 1e-5.
 TOLERANCE = 3e-5
-
-Decoders = Callable[[str], Exported]
-
-
-@pytest.fixture(scope="session")
-def decoders(tmp_path_factory: pytest.TempPathFactory) -> Decoders:
-    """An exported decoder by family, traced once."""
-    made: dict[str, Exported] = {}
-
-    def get(family: str) -> Exported:
-        if family not in made:
-            folder = tmp_path_factory.mktemp("decoder")
-            made[family] = Exported(tiny_decoder(family), folder)
-        return made[family]
-
-    return get
 
 
 def assert_parity(part: Part, session: Any, samples: Any = None) -> None:
@@ -66,9 +52,9 @@ def assert_parity(part: Part, session: Any, samples: Any = None) -> None:
     "family",
     [pytest.param(one, marks=() if one in COMMON else pytest.mark.slow) for one in FAMILIES],
 )
-def test_family_matches_eager(family: str, decoders: Decoders) -> None:
+def test_family_matches_eager(family: str) -> None:
     """Prefill, decode and resume; left, right and no padding; buffers; then 32 greedy tokens."""
-    exported = decoders(family)
+    exported = traced(family)
     onnx.checker.check_model(str(exported.file), full_check=True)
     samples = list(exported.part.sampled())
     for optimize in (False, True):
@@ -83,9 +69,9 @@ def test_family_matches_eager(family: str, decoders: Decoders) -> None:
     assert parity.max_error < TOLERANCE
 
 
-def test_a_graph_has_ort_ops_and_no_leftovers(decoders: Decoders) -> None:
+def test_a_graph_has_ort_ops_and_no_leftovers() -> None:
     """What makes it fast: one attention, two rotations and fused norms per layer."""
-    nodes = decoders("llama").nodes
+    nodes = traced("llama").nodes
     assert nodes.count("GroupQueryAttention") == 2
     assert nodes.count("RotaryEmbedding") == 4
     assert nodes.count("SkipSimplifiedLayerNormalization") == 4
@@ -97,18 +83,13 @@ def test_a_graph_has_ort_ops_and_no_leftovers(decoders: Decoders) -> None:
     assert "Transpose" not in nodes
     assert "Gemm" not in nodes
     # Heads are normed before they are transposed, so that nothing is.
-    assert "Transpose" not in decoders("gemma3").nodes
+    assert "Transpose" not in traced("gemma3").nodes
 
 
 def test_norms_too_wide_to_fold_are_fused(tmp_path: Path) -> None:
     """Gemma's `1 + weight` stays a node in a wide model, and must stand before the fused norm."""
-    import transformers
-
-    config = FAMILIES["gemma2"]()
-    config.update({"hidden_size": 2304, "num_hidden_layers": 1, "layer_types": ["full_attention"]})
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    exported = Exported(model, tmp_path)
+    changes = {"hidden_size": 2304, "num_hidden_layers": 1, "layer_types": ["full_attention"]}
+    exported = Exported(tiny_decoder("gemma2", **changes), tmp_path)
     assert exported.nodes.count("SkipSimplifiedLayerNormalization") == 2
     samples = list(exported.part.sampled())
     scale = max(np.abs(one.expected["present.0.key"]).max() for one in samples)
@@ -125,29 +106,25 @@ def test_longrope_ends_where_its_frequencies_change() -> None:
     assert decoder_part(tiny_decoder("dynamic-rope")).limits == {"total": 96}
 
 
-def test_the_oracle_agrees_with_a_padded_batch_of_transformers(decoders: Decoders) -> None:
+def test_the_oracle_agrees_with_a_padded_batch_of_transformers() -> None:
     """`EagerDecoder` takes rows apart; transformers with its own padding mask gives the same."""
-    exported = decoders("qwen3")
+    model = tiny_decoder("qwen3")
+    part = decoder_part(model)
+    cache = cache_map(part)
     lengths = (7, 3, 12)
     mask = torch.tensor([[0] * (12 - n) + [1] * n for n in lengths])
     ids = torch.randint(3, VOCABULARY, (3, 12), generator=torch.Generator().manual_seed(1))
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     with torch.no_grad():
-        expected = exported.model(
-            input_ids=ids, attention_mask=mask, position_ids=positions
-        ).logits[:, -1:]
-    empty = {
-        past: torch.zeros(3, exported.cache.heads, 0, exported.cache.head_size)
-        for layer in exported.cache.layers
-        for past in layer[:2]
-    }
-    found = exported.part.module(input_ids=ids, attention_mask=mask, **empty)["logits"]
+        expected = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits[:, -1:]
+    empty = {past: torch.zeros(3, cache.heads, 0, cache.head_size) for past in pasts(cache)}
+    found = part.module(input_ids=ids, attention_mask=mask, **empty)["logits"]
     torch.testing.assert_close(found, expected, atol=TOLERANCE, rtol=0)
 
 
-def test_fp32_is_as_near_to_fp64_as_eager_fp32_is(decoders: Decoders) -> None:
+def test_fp32_is_as_near_to_fp64_as_eager_fp32_is() -> None:
     """The graph adds no error of its own: against fp64 it is as good as PyTorch's fp32."""
-    exported = decoders("llama")
+    exported = traced("llama")
     double = tiny_decoder("llama").double()
     ids = torch.randint(3, VOCABULARY, (2, 19), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
@@ -158,13 +135,13 @@ def test_fp32_is_as_near_to_fp64_as_eager_fp32_is(decoders: Decoders) -> None:
     assert np.abs(found - exact).max() < 4 * max(np.abs(single - exact).max(), 1e-6)
 
 
-def test_unshared_buffers_grow(decoders: Decoders) -> None:
+def test_unshared_buffers_grow() -> None:
     """A caller that binds nothing: empty pasts at first, then each present as the next past."""
-    exported = decoders("llama")
+    exported = traced("llama")
     session = exported.session()
     outputs = list(exported.part.outputs)
-    pasts = [past for layer in exported.cache.layers for past in layer[:2]]
-    buffers = dict.fromkeys(pasts, np.zeros((2, 2, 0, 8), dtype=np.float32))
+    names = pasts(exported.cache)
+    buffers = dict.fromkeys(names, np.zeros((2, 2, 0, 8), dtype=np.float32))
     mask = np.array([[1, 1, 1, 1], [0, 0, 1, 1]])
     ids = np.array([[5, 6, 7, 8], [0, 0, 9, 10]])
     rows: list[list[int]] = [[5, 6, 7, 8], [9, 10]]
@@ -177,16 +154,16 @@ def test_unshared_buffers_grow(decoders: Decoders) -> None:
             with torch.no_grad():
                 expected = exported.model(input_ids=torch.tensor([tokens])).logits[0, -1]
             np.testing.assert_allclose(logits[row, 0], expected, atol=TOLERANCE, rtol=0)
-        buffers = dict(zip(pasts, presents, strict=True))
+        buffers = dict(zip(names, presents, strict=True))
         ids = logits.argmax(-1)
         mask = np.concatenate((mask, np.ones_like(ids)), axis=1)
         for tokens, token in zip(rows, ids[:, 0].tolist(), strict=True):
             tokens.append(token)
 
 
-def test_a_row_without_new_tokens_keeps_its_cache(decoders: Decoders) -> None:
+def test_a_row_without_new_tokens_keeps_its_cache() -> None:
     """A row that is done while others go on, and one of nothing but padding."""
-    exported = decoders("llama")
+    exported = traced("llama")
     generator = exported.generator()
     conversation = generator.start(2, capacity=16)
     generator.prefill([[5, 6, 7], [8, 9]], conversation)
@@ -199,18 +176,14 @@ def test_a_row_without_new_tokens_keeps_its_cache(decoders: Decoders) -> None:
         np.testing.assert_array_equal(conversation._arrays[name][1, :, :2], held)
 
 
-def test_rows_that_differ_in_past_and_several_new_tokens_are_refused(decoders: Decoders) -> None:
+def test_rows_that_differ_in_past_and_several_new_tokens_are_refused() -> None:
     """ONNX Runtime cannot do it on the CPU; the graph must not look like a first prompt to it.
 
     Row 0 has 2 tokens and one new, row 1 has none and three new: the longest row is as long as
     the new tokens are, which is how the kernel knows a first prompt.
     """
-    exported = decoders("llama")
-    feeds = {
-        past: np.zeros((2, 2, 8, 8), dtype=np.float32)
-        for layer in exported.cache.layers
-        for past in layer[:2]
-    }
+    exported = traced("llama")
+    feeds = dict.fromkeys(pasts(exported.cache), np.zeros((2, 2, 8, 8), dtype=np.float32))
     feeds["input_ids"] = np.array([[5, 0, 0], [6, 7, 8]])
     feeds["attention_mask"] = np.array([[1, 1, 1, 0, 0], [0, 0, 1, 1, 1]])
     with pytest.raises(Exception, match="batch_size"):
@@ -219,7 +192,7 @@ def test_rows_that_differ_in_past_and_several_new_tokens_are_refused(decoders: D
 
 def test_the_cuda_graph_reads_no_length_on_the_host(tmp_path: Path) -> None:
     """Its lengths come from shapes, which are on the host anyway; results are the same."""
-    exported = Exported(tiny_decoder("llama"), tmp_path, target="cuda")
+    exported = Exported(tiny_decoder("llama", num_hidden_layers=1), tmp_path, target="cuda")
     assert "ReduceMax" not in exported.nodes
     samples = [one for one in exported.part.sampled() if one.kind != "resume-padded"]
     assert_parity(exported.part, exported.session(), samples)
@@ -227,7 +200,7 @@ def test_the_cuda_graph_reads_no_length_on_the_host(tmp_path: Path) -> None:
 
 def test_the_portable_graph_keeps_to_what_every_runtime_fuses(tmp_path: Path) -> None:
     """No fused norm; attention and rotation have no standard op of this opset."""
-    exported = Exported(tiny_decoder("llama"), tmp_path, target="portable")
+    exported = Exported(tiny_decoder("llama", num_hidden_layers=1), tmp_path, target="portable")
     assert "SkipSimplifiedLayerNormalization" not in exported.nodes
     assert_parity(exported.part, exported.session())
 
@@ -255,7 +228,7 @@ def test_embeddings_instead_of_ids(tmp_path: Path) -> None:
 
 def test_an_extra_input_reaches_the_modules_that_ask_for_it(tmp_path: Path) -> None:
     """How adapters become graph inputs: a wrapped Linear reads what is bound around the trace."""
-    model = tiny_decoder("llama")
+    model = tiny_decoder("llama", num_hidden_layers=1)
     bound: dict[str, torch.Tensor] = {}
 
     class Scaled(torch.nn.Module):
@@ -314,7 +287,7 @@ def test_two_exports_are_byte_identical(tmp_path: Path) -> None:
 
 def test_weights_are_the_models_own_memory_under_its_names() -> None:
     """No copy is made before the file is written, and a tied head stays one weight."""
-    model = tiny_decoder("llama-tied")
+    model = tiny_decoder("llama-tied", num_hidden_layers=1)
     graph = trace_decoder(decoder_part(model), "cpu").graph
     state = model.state_dict()
     weights = {name: value for name, value in graph.initializers.items() if name.endswith("weight")}
@@ -323,33 +296,33 @@ def test_weights_are_the_models_own_memory_under_its_names() -> None:
     embedding = weights["model.embed_tokens.weight"].const_value
     assert embedding is not None
     assert np.shares_memory(embedding.numpy(), state["model.embed_tokens.weight"].numpy())
-    packed = weights.pop("model.layers.1.self_attn.q_proj+k_proj+v_proj.weight").const_value
+    packed = weights.pop("model.layers.0.self_attn.q_proj+k_proj+v_proj.weight").const_value
     assert isinstance(packed, onnx_ir.LazyTensor)
-    columns = [state[f"model.layers.1.self_attn.{one}_proj.weight"].numpy().T for one in "qkv"]
+    columns = [state[f"model.layers.0.self_attn.{one}_proj.weight"].numpy().T for one in "qkv"]
     np.testing.assert_array_equal(packed.numpy(), np.concatenate(columns, axis=1))
-    turned = weights["model.layers.1.mlp.down_proj.weight"].const_value
+    turned = weights["model.layers.0.mlp.down_proj.weight"].const_value
     assert isinstance(turned, onnx_ir.LazyTensor)
-    expected = state["model.layers.1.mlp.down_proj.weight"].numpy().T
+    expected = state["model.layers.0.mlp.down_proj.weight"].numpy().T
     np.testing.assert_array_equal(turned.numpy(), expected)
 
 
 def test_the_model_is_left_as_it_was() -> None:
     """Nothing that was replaced for the trace stays replaced, whether it succeeds or fails."""
-    model = tiny_decoder("llama")
     ids = torch.tensor([[5, 6, 7]])
+    fresh, exported = tiny_decoder("llama"), traced("llama").model
     with torch.no_grad():
-        before = model(input_ids=ids).logits
-    implementation = model.config._attn_implementation
-    trace_decoder(decoder_part(model), "cpu")
-    model.model.layers[0].self_attn.is_causal = False
+        before = fresh(input_ids=ids).logits
+    implementation = fresh.config._attn_implementation
+    fresh.model.layers[0].self_attn.is_causal = False
     with pytest.raises(InputError, match="not causal"):
-        decoder_part(model)
-    model.model.layers[0].self_attn.is_causal = True
-    assert model.config._attn_implementation == implementation
-    assert not any("forward" in vars(module) for module in model.modules())
-    assert not model.lm_head._forward_pre_hooks
-    with torch.no_grad():
-        torch.testing.assert_close(model(input_ids=ids).logits, before, atol=0, rtol=0)
+        decoder_part(fresh)
+    fresh.model.layers[0].self_attn.is_causal = True
+    for model in (fresh, exported):
+        assert model.config._attn_implementation == implementation
+        assert not any("forward" in vars(module) for module in model.modules())
+        assert not model.lm_head._forward_pre_hooks
+        with torch.no_grad():
+            torch.testing.assert_close(model(input_ids=ids).logits, before, atol=0, rtol=0)
 
 
 # -------------------------------------------------------------------- refusals

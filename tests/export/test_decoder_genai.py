@@ -1,15 +1,17 @@
 """onnxruntime-genai opens what we export and generates the same tokens."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from transformers import GenerationConfig
 
 from mmopt_export.decoder.genai import CONFIG_NAME, supports, write_genai_config
 from mmopt_export.manifest import CacheMap
 from mmopt_kernels.errors import InputError
-from tiny_decoders import FAMILIES, VOCABULARY, WINDOW, Exported, eager_tokens, tiny_decoder
+from tiny_decoders import FAMILIES, VOCABULARY, WINDOW, eager_tokens, traced
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -22,16 +24,16 @@ OPENED = ("llama", *(pytest.param(one, marks=pytest.mark.slow) for one in ("gemm
 @pytest.mark.parametrize("family", OPENED)
 def test_genai_generates_the_same_tokens(family: str, tmp_path: Path) -> None:
     genai = pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
-    model = tiny_decoder(family)
+    exported = traced(family)
     # It cannot be told to go on after an end.
-    model.generation_config.eos_token_id = model.config.eos_token_id = VOCABULARY - 1
-    exported = Exported(model, tmp_path)
-    write_genai_config(tmp_path, model.config, exported.cache, generation=model.generation_config)
-    opened = genai.Model(str(tmp_path))
+    generation = GenerationConfig(eos_token_id=VOCABULARY - 1)
+    folder = shutil.copytree(exported.folder, tmp_path / "artifact")
+    write_genai_config(folder, exported.model.config, exported.cache, generation=generation)
+    opened = genai.Model(str(folder))
     generator = np.random.default_rng(0)
     for length in (3 * WINDOW, 1, 11):
         prompt = generator.integers(3, VOCABULARY - 1, length).tolist()
-        expected = eager_tokens(model, prompt, 24)
+        expected = eager_tokens(exported.model, prompt, 24)
         if VOCABULARY - 1 in expected:
             expected = expected[: expected.index(VOCABULARY - 1)]
         params = genai.GeneratorParams(opened)
@@ -67,8 +69,6 @@ def test_the_configuration_names_what_the_graph_has(tmp_path: Path) -> None:
 
 
 def test_special_tokens_are_the_generations_own(tmp_path: Path) -> None:
-    from transformers import GenerationConfig
-
     config = FAMILIES["llama"]()
     config.pad_token_id = None
     generation = GenerationConfig(eos_token_id=[7, 8], bos_token_id=5)

@@ -1,5 +1,6 @@
 """Greedy parity: every step is compared, near-ties are told from errors."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,12 @@ import pytest
 from mmopt_export.decoder.parity import (
     GreedyReference,
     greedy_parity,
-    greedy_proof,
     greedy_reference,
+    prove_greedy,
 )
+from mmopt_export.parity import GENERATED, Sample, StageParity
 from mmopt_kernels.errors import InputError
-from tiny_decoders import Exported, tiny_decoder
+from tiny_decoders import Exported, traced
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -43,7 +45,6 @@ def _reference(logits: list[list[list[float]]]) -> GreedyReference:
     best = np.argsort(-values, axis=-1, kind="stable")
     return GreedyReference(
         prompts=tuple((1,) for _ in logits),
-        tokens=best[..., 0],
         best=best,
         logits=np.take_along_axis(values, best, -1),
     )
@@ -73,16 +74,64 @@ def test_a_token_that_is_not_among_the_best_is_never_a_near_tie() -> None:
     assert [one.near_tie for one in parity.differences] == [False]
 
 
+def test_a_nan_does_not_pass_though_it_lies_where_the_winner_should() -> None:
+    """argmax lands on a NaN as if it had won."""
+    reference = _reference([[[0.0, 2.0, 1.0], [0.0, 2.0, 1.0]]])
+    scripted = _Scripted([[[0.0, np.nan, 1.0]], [[0.0, 2.0, 1.0]]])
+    parity = greedy_parity(reference, scripted)  # type: ignore[arg-type]
+    assert parity.differences == ()
+    assert np.isnan(parity.max_error)
+
+
+def test_what_is_stored_of_a_reference_comes_back() -> None:
+    reference = replace(_reference([[[3.0, 2.0]] * 4] * 2), prompts=((5, 6, 7), (8,)))
+    again = GreedyReference.of(reference.sample("model"))
+    assert again.prompts == reference.prompts
+    np.testing.assert_array_equal(again.best, reference.best)
+    np.testing.assert_array_equal(again.tokens, [[0] * 4] * 2)
+
+
+@pytest.mark.parametrize("change", ["prompts", "best", "kind", "rows"])
+def test_another_sample_is_no_reference(change: str) -> None:
+    sample = _reference([[[3.0, 2.0]] * 4] * 2).sample("model")
+    feeds, expected = dict(sample.feeds), dict(sample.expected)
+    if change == "prompts":
+        del feeds["prompts"]
+    elif change == "best":
+        expected["best"] = expected["best"][0]
+    elif change == "kind":
+        expected["best"] = expected["best"].astype(np.float32)
+    else:
+        feeds["prompts"] = feeds["prompts"][:1]
+    with pytest.raises(InputError, match="is not stored as prompts with"):
+        GreedyReference.of(Sample("model", GENERATED, feeds, expected))
+
+
+def test_tokens_that_the_graph_does_not_know_are_refused() -> None:
+    reference = _reference([[[3.0, 2.0, 1.0]]])
+    with pytest.raises(InputError, match="tokens from 0 to 2 are expected, and the graph knows 2"):
+        greedy_parity(reference, _Scripted([[[1.0, 0.0]]]))  # type: ignore[arg-type]
+
+
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    return Exported(tiny_decoder("llama"), tmp_path_factory.mktemp("parity"), name="model")
+def exported() -> Exported:
+    return traced("llama")
 
 
 def test_the_proof_of_a_folder_finds_a_changed_weight(exported: Exported, tmp_path: Path) -> None:
-    import shutil
+    sample = greedy_reference(exported.part, [[5, 6, 7], [8]], steps=8).sample("model")
 
-    check = greedy_proof(exported.part, [[5, 6, 7], [8]], steps=8)()
-    (stage,) = check(exported.folder, "fp32", "CPUExecutionProvider")
+    def prove(folder: Path, precision: str) -> StageParity:
+        return prove_greedy(
+            sample,
+            folder / "model.onnx",
+            precision,
+            provider="CPUExecutionProvider",
+            cache=exported.cache,
+            longest=exported.part.limits["total"],
+        )
+
+    stage = prove(exported.folder, "fp32")
     assert (stage.stage, stage.output, stage.rows) == ("greedy", "tokens", 16)
     assert stage.holds
     assert stage.gates
@@ -94,13 +143,12 @@ def test_the_proof_of_a_folder_finds_a_changed_weight(exported: Exported, tmp_pa
     values = np.fromfile(data, dtype=np.float32)
     values[: len(values) // 2] *= 1.3
     values.tofile(data)
-    (changed,) = check(tmp_path / "changed", "fp32", "CPUExecutionProvider")
+    changed = prove(tmp_path / "changed", "fp32")
     assert not changed.holds
     assert changed.note is not None
     assert "which eager has ahead by" in changed.note
     # Weights of few bits are reported; the artifact's other stages judge them.
-    (reported,) = check(tmp_path / "changed", "int4", "CPUExecutionProvider")
-    assert not reported.gates
+    assert not prove(tmp_path / "changed", "int4").gates
 
 
 def test_prompts_without_room_are_refused(exported: Exported) -> None:

@@ -19,7 +19,7 @@ from mmopt_export import read_manifest
 from mmopt_export.deploy.triton import deploy_triton, model_config
 from mmopt_export.manifest import TensorSpec
 from mmopt_kernels.errors import CheckFailedError, InputError, MmoptError
-from tiny_artifacts import LABELS, edit_graph, make_artifact, weights
+from tiny_artifacts import LABELS, edit_graph, edit_manifest, make_artifact, weights
 
 CACHE = {
     "layers": [["past.0.key", "past.0.value", "present.0.key", "present.0.value"]],
@@ -50,13 +50,6 @@ def parse() -> Callable[[str], Any]:
 @pytest.fixture
 def tiny(tmp_path: Path) -> Path:
     return make_artifact(tmp_path / "artifact")
-
-
-def change_manifest(artifact: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    path = artifact / "mmopt.json"
-    document = json.loads(path.read_text())
-    change(document)
-    path.write_text(json.dumps(document))
 
 
 def config_of(artifact: Path, component: str = "model", max_batch: int = 32) -> str:
@@ -137,7 +130,7 @@ def test_a_real_export_is_deployed_with_its_tokenizer_and_an_example_that_fits(
 def test_a_cuda_artifact_runs_on_the_gpu_without_tensor_float_32(
     tiny: Path, parse: Callable[[str], Any]
 ) -> None:
-    change_manifest(tiny, lambda document: document.update(provider="CUDAExecutionProvider"))
+    edit_manifest(tiny, lambda document: document.update(provider="CUDAExecutionProvider"))
     config = parse(config_of(tiny))
     assert config.instance_group[0].kind == config.instance_group[0].KIND_GPU
     (accelerator,) = config.optimization.execution_accelerators.gpu_execution_accelerator
@@ -146,14 +139,14 @@ def test_a_cuda_artifact_runs_on_the_gpu_without_tensor_float_32(
     def halve(document: dict[str, Any]) -> None:
         document["components"]["model"]["precision"] = "fp16"
 
-    change_manifest(tiny, halve)
+    edit_manifest(tiny, halve)
     assert not parse(config_of(tiny)).HasField("optimization")
 
 
 def test_a_decoder_with_a_cache_keeps_its_batch_dimension_and_forms_no_batches(
     tiny: Path, tmp_path: Path, parse: Callable[[str], Any]
 ) -> None:
-    change_manifest(tiny, lambda document: document.update(caches={"model": CACHE}))
+    edit_manifest(tiny, lambda document: document.update(caches={"model": CACHE}))
     assert deploy_triton(tiny, tmp_path / "models").max_batch == {"artifact": 0}
     model = tmp_path / "models" / "artifact"
     config = parse((model / "config.pbtxt").read_text())
@@ -169,7 +162,7 @@ def test_tensors_without_a_common_batch_dimension_are_not_batched(
     def widen(document: dict[str, Any]) -> None:
         document["components"]["model"]["outputs"][0]["shape"] = ["images", 3]
 
-    change_manifest(tiny, widen)
+    edit_manifest(tiny, widen)
     assert deploy_triton(tiny, tmp_path / "models").max_batch == {"artifact": 0}
 
 
@@ -245,7 +238,7 @@ def test_inputs_with_a_default_are_left_out(
         digest = "2d711642b726b04401627ca9fbac32f5c8530fb1903cc4db02258717921a4881"
         document["files"]["a.onnx_adapter"] = {"sha256": digest, "size": 1}
 
-    change_manifest(tiny, list_adapter)
+    edit_manifest(tiny, list_adapter)
     deploy_triton(tiny, tmp_path / "models")
     config = parse((tmp_path / "models" / "artifact" / "config.pbtxt").read_text())
     assert [one.name for one in config.input] == ["input"]
@@ -310,10 +303,10 @@ def test_several_models_appear_together_or_not_at_all(
 
 def test_what_does_not_hold_is_not_deployed(tiny: Path, tmp_path: Path) -> None:
     repository = tmp_path / "models"
-    change_manifest(tiny, lambda document: document.update(status="failed"))
+    edit_manifest(tiny, lambda document: document.update(status="failed"))
     with pytest.raises(CheckFailedError, match="marked failed"):
         deploy_triton(tiny, repository)
-    change_manifest(tiny, lambda document: document.update(status="verified"))
+    edit_manifest(tiny, lambda document: document.update(status="verified"))
     (tiny / "model.onnx.data").write_bytes(b"x")
     with pytest.raises(CheckFailedError, match=r"model\.onnx\.data has 1 bytes"):
         deploy_triton(tiny, repository)
@@ -355,5 +348,6 @@ def test_the_command_prints_one_document_and_exits_as_the_contract_says(
     assert again.returncode == 2
     assert "Traceback" not in again.stderr
     assert json.loads(again.stdout)["exit_code"] == 2
+    assert run(str(tiny), "-o", repository, "--name", "docs", "--force").returncode == 0
     (tiny / "model.onnx").write_bytes(b"x")
     assert run(str(tiny), "-o", repository, "--name", "other").returncode == 1

@@ -22,9 +22,9 @@ from mmopt_export.encoder_decoder import part
 from mmopt_export.encoder_decoder.modules import EagerDecoder
 from mmopt_export.encoder_decoder.seq2seq import DECODER, ENCODER, Seq2Seq
 from mmopt_export.encoder_decoder.speech import Transcriber
-from mmopt_export.encoder_decoder.survey import cache_argument
 from mmopt_export.encoder_decoder.text import TextGenerator
 from mmopt_export.graph import trace
+from mmopt_export.lowering import cache_name
 from mmopt_export.parity import RANDOM, compare_samples
 from mmopt_export.runtime import open_session
 from mmopt_export.tasks import make_plan
@@ -62,6 +62,18 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Export
     return make
 
 
+@pytest.fixture(scope="module")
+def graphs(exported: Callable[[str], Exported]) -> Seq2Seq:
+    """T5's."""
+    return Seq2Seq.of(Runner(exported("t5").folder))
+
+
+@pytest.fixture(scope="module")
+def transcriber(exported: Callable[[str], Exported]) -> Transcriber:
+    """Whisper's."""
+    return Transcriber(exported("whisper").folder)
+
+
 def greedy(model: Any, ids: list[list[int]] | None = None, **arguments: Any) -> list[list[int]]:
     """transformers' greedy tokens without the prompt, padding after the end cut off."""
     prompt = {} if ids is None else {"decoder_input_ids": torch.tensor(ids)}
@@ -71,7 +83,7 @@ def greedy(model: Any, ids: list[list[int]] | None = None, **arguments: Any) -> 
             num_beams=1,
             do_sample=False,
             # The default one has as many layers as the encoder.
-            **{cache_argument(model): EncoderDecoderCache(DynamicCache(), DynamicCache())},
+            **{cache_name(model): EncoderDecoderCache(DynamicCache(), DynamicCache())},
             **prompt,
             **arguments,
         )
@@ -110,11 +122,10 @@ def test_artifact_is_verified_with_32_greedy_tokens_of_three_rows(
 
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_a_batch_of_texts_of_three_lengths_gives_the_tokens_of_transformers(
-    side: str, exported: Callable[[str], Exported]
+    side: str, exported: Callable[[str], Exported], graphs: Seq2Seq
 ) -> None:
     made = exported("t5")
     inputs = texts_to(made, side)
-    graphs = Seq2Seq.of(Runner(made.folder))
     rows = graphs.generate(graphs.encode(arrays(inputs)), [[tiny.PAD]] * 3, max_new_tokens=40)
     expected = greedy(made.model, **inputs, max_new_tokens=40)
     assert rows == expected
@@ -124,10 +135,9 @@ def test_a_batch_of_texts_of_three_lengths_gives_the_tokens_of_transformers(
 
 
 def test_padding_of_the_encoder_does_not_change_what_comes_out(
-    exported: Callable[[str], Exported],
+    exported: Callable[[str], Exported], graphs: Seq2Seq
 ) -> None:
     made = exported("t5")
-    graphs = Seq2Seq.of(Runner(made.folder))
     together = graphs.generate(
         graphs.encode(arrays(texts_to(made))), [[tiny.PAD]] * 3, max_new_tokens=24
     )
@@ -136,10 +146,11 @@ def test_padding_of_the_encoder_does_not_change_what_comes_out(
         assert graphs.generate(graphs.encode(feeds), [[tiny.PAD]], max_new_tokens=24) == [row]
 
 
-def test_rows_end_at_their_own_end_token(exported: Callable[[str], Exported]) -> None:
+def test_rows_end_at_their_own_end_token(
+    exported: Callable[[str], Exported], graphs: Seq2Seq
+) -> None:
     made = exported("t5")
     inputs = texts_to(made)
-    graphs = Seq2Seq.of(Runner(made.folder))
     encoded = graphs.encode(arrays(inputs))
     free = graphs.generate(encoded, [[tiny.PAD]] * 3, max_new_tokens=24)
     # A token that one row has early and another late or never.
@@ -212,10 +223,9 @@ def whisper_tokens(model: Any, features: Any, **arguments: Any) -> list[list[int
     ids=str,
 )
 def test_transcription_gives_the_tokens_of_whispers_own_generate(
-    choice: dict[str, Any], exported: Callable[[str], Exported]
+    choice: dict[str, Any], exported: Callable[[str], Exported], transcriber: Transcriber
 ) -> None:
     made = exported("whisper")
-    transcriber = Transcriber(made.folder)
     sounds = tiny.sounds(1.0, 0.4, 0.7)
     rows, languages = transcriber.speech.run(sounds, max_new_tokens=20, **choice)
     features = transcriber.speech.features(sounds)["input_features"]
@@ -233,10 +243,8 @@ def test_transcription_gives_the_tokens_of_whispers_own_generate(
 
 
 def test_a_long_sound_is_transcribed_in_windows_one_after_the_other(
-    exported: Callable[[str], Exported],
+    transcriber: Transcriber,
 ) -> None:
-    made = exported("whisper")
-    transcriber = Transcriber(made.folder)
     parts = tiny.sounds(1.0, 1.0, 0.3)
     (whole,) = transcriber.transcribe([np.concatenate(parts)], language="en", max_new_tokens=12)
     alone = transcriber.transcribe(parts, language="en", max_new_tokens=12)
@@ -250,10 +258,7 @@ def test_a_long_sound_is_transcribed_in_windows_one_after_the_other(
     assert timed.language == "en"
 
 
-def test_sounds_that_cannot_be_transcribed_are_refused(
-    exported: Callable[[str], Exported],
-) -> None:
-    transcriber = Transcriber(exported("whisper").folder)
+def test_sounds_that_cannot_be_transcribed_are_refused(transcriber: Transcriber) -> None:
     sound = tiny.sounds(0.5)[0]
     with pytest.raises(InputError, match="language 'xx' is not one of this model's: de, en, fr"):
         transcriber.transcribe([sound], language="xx")
@@ -434,9 +439,15 @@ def test_a_generation_setting_that_is_not_kept_to_is_refused(tmp_path: Path) -> 
         make_plan(load_checkpoint(str(source)))
 
 
-def test_an_artifact_of_another_kind_generates_nothing(artifact: Path) -> None:
+def test_an_artifact_of_another_kind_generates_nothing(
+    artifact: Path, exported: Callable[[str], Exported]
+) -> None:
     with pytest.raises(InputError, match="generates nothing, expected an encoder-decoder model"):
         TextGenerator(artifact)
+    with pytest.raises(InputError, match="reads sounds, expected a model for text"):
+        TextGenerator(exported("whisper").folder)
+    with pytest.raises(InputError, match="reads texts, expected a model for speech"):
+        Transcriber(exported("t5").folder)
 
 
 @pytest.mark.slow

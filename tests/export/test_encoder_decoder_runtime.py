@@ -1,6 +1,8 @@
 """What an encoder-decoder artifact does around its graphs, held against transformers' own code."""
 
+import copy
 import dataclasses
+import functools
 import itertools
 import subprocess
 import sys
@@ -168,8 +170,15 @@ def test_settings_that_cannot_be_read_are_refused() -> None:
 # -------------------------------------------------------------------- Whisper's prompts and times
 
 
+@functools.cache
+def _weights() -> Any:
+    return tiny.tiny_seq2seq("whisper")
+
+
 def whisper(**settings: Any) -> Any:
-    model = tiny.tiny_seq2seq("whisper")
+    """One model with generation settings of its own."""
+    model = copy.copy(_weights())
+    model.generation_config = copy.deepcopy(model.generation_config)
     values = {
         "is_multilingual": True,
         "lang_to_id": {"<|en|>": tiny.ENGLISH, "<|de|>": tiny.GERMAN, "<|fr|>": tiny.FRENCH},

@@ -1,7 +1,9 @@
 """What the options of an export make of a small decoder and a small classifier."""
 
 import json
-import weakref
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,10 @@ from peft import LoraConfig
 import mmopt_export.pipeline
 from mmopt_export import Generator, Runner, export, load_checkpoint, read_manifest, verify
 from mmopt_export.files import same_artifact
+from mmopt_export.parity import GENERATED, read_samples, write_parity
 from mmopt_kernels.errors import CheckFailedError, InputError, MmoptError
 from tiny_adapters import save_peft
+from tiny_artifacts import seal, watch_weights
 from tiny_decoders import tiny_decoder
 from tiny_models import save_tokenizer
 
@@ -44,6 +48,18 @@ def decoder(llama: Path, prompts: Path, tmp_path_factory: pytest.TempPathFactory
     output = tmp_path_factory.mktemp("decoder") / "fp32"
     assert export(str(llama), output, calibration=prompts).exit_code == 0
     return output
+
+
+@pytest.fixture(scope="module")
+def again(
+    llama: Path, prompts: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[int]]:
+    """The same export a second time, and the weights that were there as its graph was opened."""
+    output = tmp_path_factory.mktemp("again") / "fp32"
+    with pytest.MonkeyPatch.context() as patch:
+        held = watch_weights(patch)
+        export(str(llama), output, calibration=prompts)
+    return output, held
 
 
 def save_lora(model: Path, folder: Path, *, rank: int) -> Path:
@@ -95,16 +111,53 @@ def test_a_decoder_is_held_on_real_prompts_and_on_greedy_tokens(decoder: Path) -
 
 
 def test_a_decoder_is_found_sound_by_verify_and_by_onnx(decoder: Path) -> None:
-    assert verify(decoder).exit_code == 0
+    """Verify generates again what the export compared, without torch."""
+    code = (
+        "import json, sys; from pathlib import Path\n"
+        "from mmopt_export import verify\n"
+        f"report = verify(Path({str(decoder)!r}))\n"
+        "report = report.to_dict() | {'torch': 'torch' in sys.modules}\n"
+        "print(json.dumps(report))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    report = json.loads(result.stdout or result.stderr)
+    assert (report["holds"], report["torch"]) == (True, False)
+    exported = json.loads((decoder / "parity.json").read_text())["stages"]
+    (first, second) = (
+        [stage for stage in stages if stage["output"] == "tokens"]
+        for stages in (exported, report["stages"])
+    )
+    assert first == second != []
     onnx.checker.check_model(str(decoder / "model.onnx"), full_check=True)
 
 
+def test_verify_finds_that_other_tokens_are_generated(decoder: Path, tmp_path: Path) -> None:
+    """One token of one row is another: every other stage holds."""
+    copy = tmp_path / "copy"
+    shutil.copytree(decoder, copy)
+    samples = read_samples(copy)
+    (stored,) = [sample for sample in samples if sample.kind == GENERATED]
+    best = stored.expected["best"].copy()
+    best[1, 5, :2] = best[1, 5, 1::-1].copy()
+    stored.expected["best"] = best
+    write_parity(copy, [], samples)
+    seal(copy)
+    report = verify(copy)
+    assert report.exit_code == 1
+    (wrong,) = [stage for stage in report.stages if not stage.holds]
+    assert (wrong.stage, wrong.gates) == ("greedy", True)
+    assert wrong.note is not None
+    assert "row 1 step 5 gives" in wrong.note
+
+
 def test_two_exports_of_a_decoder_are_byte_identical(
-    llama: Path, prompts: Path, decoder: Path, tmp_path: Path
+    decoder: Path, again: tuple[Path, list[int]]
 ) -> None:
-    again = tmp_path / decoder.name
-    export(str(llama), again, calibration=prompts)
-    assert same_artifact(decoder, again) == []
+    assert same_artifact(decoder, again[0]) == []
+
+
+def test_the_decoder_is_let_go_before_its_graph_is_opened(again: tuple[Path, list[int]]) -> None:
+    assert again[1] == [0]
 
 
 def test_adapters_are_chosen_per_run_over_a_4_bit_base(llama: Path, tmp_path: Path) -> None:
@@ -176,15 +229,7 @@ def test_a_target_that_is_not_here_is_refused_or_marked(
         Runner(tmp_path / "out")
 
 
-def test_force_replaces_an_artifact_and_only_that(classifier: Path, tmp_path: Path) -> None:
-    output = tmp_path / "out"
-    export(str(classifier), output)
-    before = read_manifest(output)
-    with pytest.raises(InputError, match="--force"):
-        export(str(classifier), output, precision="int8")
-    assert read_manifest(output) == before
-    export(str(classifier), output, precision="int8", force=True)
-    assert read_manifest(output).precision == "int8"
+def test_force_replaces_nothing_but_an_artifact(classifier: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("kept")
     with pytest.raises(InputError, match="mine"):
@@ -213,8 +258,6 @@ def test_the_card_says_what_it_is_and_what_was_measured(decoder: Path) -> None:
     [
         ({"task": "translation"}, "--task translation is not known"),
         ({"task": "image-classification"}, "cannot be exported for image-classification"),
-        ({"max_drop": 0.1}, "--max-drop is what --precision auto may lose"),
-        ({"swap": True}, "--adapters swap needs an adapter"),
         ({"precision": "int4"}, "not available for a model of kind encoder on cpu"),
     ],
 )
@@ -248,26 +291,3 @@ def test_accuracy_is_measured_where_calibration_has_labels(
     runner = Runner(tmp_path / "out")
     winners = np.array(runner.manifest.labels)[runner.classify(rows).argmax(1)]
     assert stage.accuracy == pytest.approx((winners == labels).mean())
-
-
-@pytest.mark.parametrize("kind", ["decoder", "encoder"])
-def test_the_model_is_let_go_before_its_graphs_are_opened(
-    kind: str, llama: Path, classifier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    weights: list[weakref.ref[Any]] = []
-    load, finish = mmopt_export.pipeline.load_checkpoint, mmopt_export.pipeline._finish
-
-    def loaded(*arguments: Any, **options: Any) -> Any:
-        checkpoint = load(*arguments, **options)
-        weights.extend(weakref.ref(one) for one in checkpoint.model.parameters())
-        return checkpoint
-
-    def finished(*arguments: Any, **options: Any) -> Any:
-        alive = [value for one in weights if (value := one()) is not None]
-        assert sum(value.untyped_storage().nbytes() for value in alive) == 0
-        return finish(*arguments, **options)
-
-    monkeypatch.setattr(mmopt_export.pipeline, "load_checkpoint", loaded)
-    monkeypatch.setattr(mmopt_export.pipeline, "_finish", finished)
-    export(str(llama if kind == "decoder" else classifier), tmp_path / "out")
-    assert weights

@@ -4,7 +4,6 @@
 artifact also makes its manifest.
 """
 
-import json
 import os
 import shutil
 import socket
@@ -19,12 +18,18 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-import mmopt_export.runtime
-import mmopt_export.verification
 from mmopt_export import Runner, read_manifest, verify
 from mmopt_export.integrity import MOST_GRAPH_BYTES, integrity_errors
+from mmopt_export.manifest import record_files
 from mmopt_kernels.errors import CheckFailedError, InputError
-from tiny_artifacts import edit_graph, make_artifact, seal, weights
+from tiny_artifacts import (
+    edit_graph,
+    edit_manifest,
+    make_artifact,
+    refuse_sessions,
+    seal,
+    weights,
+)
 
 
 @pytest.fixture
@@ -34,16 +39,7 @@ def tiny(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def no_session(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Opening anything fails the test with an error that no check raises."""
-
-    def refuse(*_arguments: Any, **_options: Any) -> None:
-        raise AssertionError("a session was opened before the files were checked")
-
-    import onnxruntime
-
-    monkeypatch.setattr(mmopt_export.runtime, "open_session", refuse)
-    monkeypatch.setattr(mmopt_export.verification, "open_session", refuse)
-    monkeypatch.setattr(onnxruntime, "InferenceSession", refuse)
+    refuse_sessions(monkeypatch)
 
 
 def test_a_sound_artifact_has_no_errors_verifies_and_runs(tiny: Path) -> None:
@@ -62,10 +58,7 @@ def test_an_artifact_of_several_graphs_is_checked_and_run_graph_by_graph(tmp_pat
     assert report.exit_code == 0
     assert [placement.component for placement in report.placement] == ["text", "vision"]
     assert {stage.component for stage in report.stages} == {"vision", "text"}
-    path = artifact / "text" / "model.onnx.data"
-    data = bytearray(path.read_bytes())
-    data[5] ^= 1
-    path.write_bytes(data)
+    flip_a_bit(artifact, "text/model.onnx.data")
     with pytest.raises(CheckFailedError, match=r"text/model\.onnx\.data has another SHA-256"):
         verify(artifact)
 
@@ -73,11 +66,15 @@ def test_an_artifact_of_several_graphs_is_checked_and_run_graph_by_graph(tmp_pat
 # What changes the folder and not the manifest: transport damage, and clumsy attacks.
 
 
-def flip_a_bit(folder: Path) -> None:
-    path = folder / "model.onnx.data"
+def flip_a_bit(folder: Path, name: str = "model.onnx.data") -> None:
+    path = folder / name
     data = bytearray(path.read_bytes())
     data[17] ^= 4
     path.write_bytes(data)
+
+
+def flip_a_bit_of_the_graph(folder: Path) -> None:
+    flip_a_bit(folder, "model.onnx")
 
 
 def truncate(folder: Path) -> None:
@@ -139,6 +136,7 @@ def unix_socket(folder: Path) -> None:
     ("change", "message"),
     [
         (flip_a_bit, r"model\.onnx\.data has another SHA-256"),
+        (flip_a_bit_of_the_graph, r"model\.onnx has another SHA-256"),
         (truncate, r"model\.onnx\.data has 59 bytes, expected 60"),
         (remove, r"model\.onnx\.data is missing"),
         (add, r"custom_ops\.so is not listed in mmopt\.json"),
@@ -443,15 +441,11 @@ def test_external_data_in_a_linked_file_that_the_manifest_lists_is_not_opened(ti
 def test_a_manifest_that_lists_a_path_outside_is_not_followed(
     tiny: Path, listed: str, message: str
 ) -> None:
-    path = tiny / "mmopt.json"
-    document = json.loads(path.read_text())
     (tiny.parent / "secret").write_bytes(b"x")
-    document["files"][listed] = {
-        # The right hash of `secret`, so that following the path would find nothing wrong.
-        "sha256": "2d711642b726b04401627ca9fbac32f5c8530fb1903cc4db02258717921a4881",
-        "size": 1,
-    }
-    path.write_text(json.dumps(document))
+    # The right hash of `secret`, so that following the path would find nothing wrong.
+    digest = "2d711642b726b04401627ca9fbac32f5c8530fb1903cc4db02258717921a4881"
+    record = {"sha256": digest, "size": 1}
+    edit_manifest(tiny, lambda document: document["files"].update({listed: record}))
     with pytest.raises(CheckFailedError, match=message):
         verify(tiny)
 
@@ -459,10 +453,7 @@ def test_a_manifest_that_lists_a_path_outside_is_not_followed(
 @pytest.mark.usefixtures("no_session")
 @pytest.mark.parametrize("file", ["other.onnx", "model.onnx.data", "/tmp/model.onnx", "model.ort"])
 def test_a_component_must_be_a_listed_onnx_file(tiny: Path, file: str) -> None:
-    path = tiny / "mmopt.json"
-    document = json.loads(path.read_text())
-    document["components"]["model"]["file"] = file
-    path.write_text(json.dumps(document))
+    edit_manifest(tiny, lambda document: document["components"]["model"].update(file=file))
     with pytest.raises(CheckFailedError, match=r"expected a listed \.onnx file"):
         verify(tiny)
 
@@ -509,6 +500,10 @@ def test_subgraphs_nested_without_end_are_refused_by_the_parser(tiny: Path) -> N
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("{", "not valid JSON"),
+        ("[]", "no JSON object"),
+        ('{"schema": 1}', "schema version 1, expected 2"),
+        ('{"schema": 2}', "damaged"),
         ('{"schema": 2, "schema": 3}', "the key 'schema' stands twice"),
         ('{"a": {"b": 1, "b": 2}}', "the key 'b' stands twice"),
         ("[" * 100_000, "nested 100000 deep, expected at most 32"),
@@ -519,13 +514,30 @@ def test_subgraphs_nested_without_end_are_refused_by_the_parser(tiny: Path) -> N
         ('{"a": 1' + "0" * 5000 + "}", "not valid JSON"),
         ('{"a": "' + "x" * (16 << 20) + '"}', "is larger than 16777216 bytes"),
     ],
-    ids=["twice", "inner", "deep", "string", "escaped", "unended", "nan", "digits", "large"],
+    ids=[
+        *("cut", "list", "old", "fields", "twice", "inner", "deep", "string", "escaped"),
+        *("unended", "nan", "digits", "large"),
+    ],
 )
-def test_a_manifest_that_is_meant_to_hurt_is_refused(tiny: Path, text: str, message: str) -> None:
+def test_a_manifest_that_is_damaged_or_meant_to_hurt_is_refused(
+    tiny: Path, text: str, message: str
+) -> None:
     (tiny / "mmopt.json").write_text(text)
     for check in (verify, Runner):
         with pytest.raises(InputError, match=message):
             check(tiny)
+
+
+@pytest.mark.usefixtures("no_session")
+@pytest.mark.parametrize(
+    ("field", "value"), [("minimum_onnxruntime", "new"), ("precision", "fp8"), ("components", [1])]
+)
+def test_a_manifest_whose_values_mean_nothing_is_damaged(
+    tiny: Path, field: str, value: object
+) -> None:
+    edit_manifest(tiny, lambda document: document.update({field: value}))
+    with pytest.raises(InputError, match="is damaged: "):
+        verify(tiny)
 
 
 @pytest.mark.usefixtures("no_session")
@@ -547,9 +559,21 @@ def test_samples_that_are_meant_to_hurt_are_refused(tiny: Path, name: str, conte
 
 
 @pytest.mark.usefixtures("no_session")
-def test_a_manifest_that_is_a_link_or_a_pipe_is_refused(tiny: Path) -> None:
+@pytest.mark.parametrize("content", [b"", b"{}", b"[" * 100_000, b"\xff"])
+def test_a_tokenizer_that_is_none_is_one_message(tiny: Path, content: bytes) -> None:
+    """Its hash is right; sessions, which take longer to open, come after it."""
+    (tiny / "tokenizer.json").write_bytes(content)
+    read_manifest(tiny).with_files(record_files(tiny)).write(tiny)
+    with pytest.raises(InputError, match=r"tokenizer\.json holds no tokenizer \(.+\)\. Export"):
+        Runner(tiny)
+
+
+@pytest.mark.usefixtures("no_session")
+def test_a_manifest_that_is_missing_a_link_or_a_pipe_is_refused(tiny: Path) -> None:
     manifest = tiny / "mmopt.json"
     manifest.rename(tiny.parent / "mmopt.json")
+    with pytest.raises(InputError, match=r"not an artifact: it has no mmopt\.json"):
+        verify(tiny)
     manifest.symlink_to(tiny.parent / "mmopt.json")
     with pytest.raises(InputError, match="is no plain file"):
         verify(tiny)

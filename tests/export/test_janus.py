@@ -19,7 +19,6 @@ from mmopt_export.multimodal import (
     TEXT_HEAD,
     VISION,
 )
-from mmopt_export.runtime import MODEL_NAME
 from mmopt_export.tasks import janus, make_plan
 from mmopt_kernels.errors import InputError
 from tests.support import tiny_vlm
@@ -33,6 +32,11 @@ PARTS = [
 BEGIN = IMAGE_TOKEN + 1
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_threads(one_thread: None) -> None:
+    """Tiny models: a second thread only waits."""
+
+
 @pytest.mark.slow
 def test_every_part_equals_the_model_with_optimizations_and_without() -> None:
     """Seven graphs, of dynamic batch and length."""
@@ -44,7 +48,7 @@ def test_every_part_equals_the_model_with_optimizations_and_without() -> None:
     for stage in result.stages:
         assert stage.holds, stage
     for part in PARTS:
-        onnx.checker.check_model(result.folder / part / MODEL_NAME, full_check=True)
+        onnx.checker.check_model(result.file(part), full_check=True)
 
 
 @pytest.mark.slow
@@ -69,7 +73,7 @@ def test_tokens_of_text_and_of_images_equal_transformers() -> None:
 def test_the_decoder_holds_its_weights_once_and_no_head() -> None:
     """Text and images go through the same graph, which has neither vocabulary."""
     result = exported("janus")
-    graph = onnx.load(result.folder / DECODER / MODEL_NAME, load_external_data=False).graph
+    graph = onnx.load(result.file(DECODER), load_external_data=False).graph
     vocabularies = {tiny_vlm.VOCABULARY, result.model.config.vq_config.num_embeddings}
     for tensor in graph.initializer:
         assert not vocabularies & set(tensor.dims), tensor.name

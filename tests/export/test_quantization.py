@@ -13,19 +13,15 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from mmopt_export.quantization import Recipe, quantize
+from mmopt_export.quantization import NothingToQuantizeError, Recipe, quantize
 from mmopt_export.quantization import static as static_module
-from mmopt_export.quantization.packing import (
-    half_quadratic,
-    round_to_nearest,
-    second_order,
-    unpack,
-)
-from mmopt_kernels.errors import InputError, MmoptError
-from onnx_files import Arrays, ops, relative, rng, run, write
+from mmopt_export.quantization.packing import half_quadratic, round_to_nearest, second_order
+from mmopt_kernels.errors import InputError
+from onnx_files import Arrays, ops, relative, rng, run, table_alone, unpack, write
 
 WEIGHTS4 = Recipe("int4", "weights", bits=4)
 DYNAMIC = Recipe("int8", "dynamic")
+STATIC = Recipe("int8", "static")
 
 
 def matmul(path: Path, k: int = 200, n: int = 24) -> tuple[Path, np.ndarray]:
@@ -338,13 +334,42 @@ def test_the_cpu_rewrites_change_the_graph_and_not_its_results(tmp_path: Path) -
     np.testing.assert_allclose(run(tmp_path / "out.onnx", x)[0], expected[0], rtol=1e-4, atol=1e-4)
 
 
-def test_a_graph_without_constant_weights_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("recipe", "op"),
+    [(DYNAMIC, "DequantizeLinear"), (WEIGHTS4, "GatherBlockQuantized")],
+    ids=["int8", "int4"],
+)
+def test_an_embedding_table_without_any_matmul_is_quantized(
+    tmp_path: Path, recipe: Recipe, op: str
+) -> None:
+    source, feeds = table_alone(tmp_path / "fp32.onnx"), {"ids": np.arange(0, 1100, 7)}
+    record = quantize(source, tmp_path / "out.onnx", recipe, [feeds])
+    assert record["matmuls"] == 0
+    assert record["embeddings"]["tables"] == ["table"]
+    assert op in ops(tmp_path / "out.onnx")
+    (expected,), (got,) = run(source, feeds), run(tmp_path / "out.onnx", feeds)
+    assert 0 < relative(got, expected) < 0.015
+    sizes = [(tmp_path / f"{name}.onnx.data").stat().st_size for name in ("out", "fp32")]
+    assert sizes[0] < 0.3 * sizes[1]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        (DYNAMIC, "changed no matmul: the graph has none with a constant"),
+        (WEIGHTS4, "changed no matmul: the graph has none with a constant"),
+        (STATIC, "changed nothing: no convolution has a constant"),
+    ],
+    ids=["dynamic", "weights", "static"],
+)
+def test_a_graph_without_constant_weights_has_nothing_to_quantize(
+    tmp_path: Path, recipe: Recipe, message: str
+) -> None:
     nodes = [helper.make_node("MatMul", ["x", "y"], ["z"], "mm")]
     source = write(tmp_path / "fp32.onnx", nodes, {"x": [2, 2], "y": [2, 2]}, ["z"], {})
     feeds = [{"x": np.eye(2, dtype=np.float32), "y": np.eye(2, dtype=np.float32)}]
-    for recipe in (DYNAMIC, WEIGHTS4):
-        with pytest.raises(MmoptError, match="the graph has none with a constant"):
-            quantize(source, tmp_path / "out.onnx", recipe, feeds)
+    with pytest.raises(NothingToQuantizeError, match=message):
+        quantize(source, tmp_path / "out.onnx", recipe, feeds)
     assert not (tmp_path / "out.onnx").exists()
 
 
@@ -370,7 +395,7 @@ def pictures() -> list[Arrays]:
 @pytest.mark.parametrize("calibration", ["minmax", "entropy", "percentile"])
 def test_convolutions_run_in_int8_and_stay_close(tmp_path: Path, calibration: str) -> None:
     source = convolution(tmp_path / "fp32.onnx")
-    recipe = Recipe("int8", "static", calibration=calibration)
+    recipe = dataclasses.replace(STATIC, calibration=calibration)
     record = quantize(source, tmp_path / "int8.onnx", recipe, pictures())
     assert record["quantized"] == 1
     assert record["samples"]["batches"] == 4
@@ -378,12 +403,35 @@ def test_convolutions_run_in_int8_and_stay_close(tmp_path: Path, calibration: st
     assert relative(run(tmp_path / "int8.onnx", x)[0], run(source, x)[0]) < 0.03
 
 
+def test_static_quantization_leaves_products_of_activations_alone(tmp_path: Path) -> None:
+    """Attention has no weights: rounding both of its sides costs accuracy and saves no bytes."""
+    weights = {"w": rng(0).standard_normal((16, 16)).astype(np.float32)}
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["h"], "projection"),
+        helper.make_node("Tanh", ["h"], ["q"], "q"),
+        helper.make_node("Sigmoid", ["h"], ["k"], "k"),
+        helper.make_node("MatMul", ["q", "k"], ["y"], "scores"),
+    ]
+    source = write(tmp_path / "fp32.onnx", nodes, {"x": [16, 16]}, ["y"], weights)
+    feeds = [{"x": rng(i).uniform(-1, 1, (16, 16)).astype(np.float32)} for i in range(4)]
+    record = quantize(source, tmp_path / "int8.onnx", STATIC, feeds)
+    assert record["quantized"] == 1
+    graph = onnx.load(tmp_path / "int8.onnx").graph
+    made = {output: node for node in graph.node for output in node.output}
+    sides = {
+        node.name: [made[name].op_type if name in made else "" for name in node.input]
+        for node in graph.node
+        if node.op_type == "MatMul"
+    }
+    assert sides["projection"] == ["DequantizeLinear"] * 2
+    assert sides["scores"] == ["Tanh", "Sigmoid"]
+
+
 def test_a_kept_convolution_leaves_nothing_to_quantize(tmp_path: Path) -> None:
     source = convolution(tmp_path / "fp32.onnx")
-    with pytest.raises(MmoptError, match="changed nothing"):
-        quantize(
-            source, tmp_path / "out.onnx", Recipe("int8", "static", keep=("conv",)), pictures()
-        )
+    kept = dataclasses.replace(STATIC, keep=("conv",))
+    with pytest.raises(NothingToQuantizeError, match="changed nothing"):
+        quantize(source, tmp_path / "out.onnx", kept, pictures())
     assert not (tmp_path / "out.onnx").exists()
 
 
@@ -392,12 +440,7 @@ def test_static_quantization_refuses_what_no_protobuf_holds(
 ) -> None:
     monkeypatch.setattr(static_module, "LIMIT_BYTES", 1000)
     with pytest.raises(InputError, match="takes 2 GB at most"):
-        quantize(
-            convolution(tmp_path / "fp32.onnx"),
-            tmp_path / "out.onnx",
-            Recipe("int8", "static"),
-            pictures(),
-        )
+        quantize(convolution(tmp_path / "fp32.onnx"), tmp_path / "out.onnx", STATIC, pictures())
 
 
 # Files.
@@ -455,7 +498,7 @@ def test_bad_input_is_named_and_nothing_is_written(tmp_path: Path) -> None:
     cases: list[tuple[Path, Path, Recipe, str]] = [
         (source, output, DYNAMIC, r"expected at least one batch\. Give it .* --calibration"),
         (source, output, dataclasses.replace(WEIGHTS4, algorithm="gptq"), "at least one batch"),
-        (source, output, Recipe("int8", "static"), "at least one batch"),
+        (source, output, STATIC, "at least one batch"),
         (source, source, WEIGHTS4, "is the source itself"),
         (tmp_path / "no.onnx", output, WEIGHTS4, "does not exist"),
         (tmp_path / "text.onnx", output, WEIGHTS4, "is not an ONNX model"),

@@ -11,9 +11,17 @@ import pytest
 from onnx import helper
 
 from mmopt_export.providers import get_target
-from mmopt_export.quantization import Recipe, candidates, choose, layer_sensitivities
+from mmopt_export.quantization import (
+    Recipe,
+    candidates,
+    choose,
+    layer_sensitivities,
+    quantize,
+    with_wider,
+)
+from mmopt_export.quantization.packing import round_to_nearest
 from mmopt_kernels.errors import InputError
-from onnx_files import Arrays, ops, rng, run, write
+from onnx_files import Arrays, ops, rng, run, table_alone, unpack, write
 
 WIDTH, LAYERS = 64, 6
 FRAGILE = "mm3"
@@ -77,8 +85,6 @@ def test_sensitivities_are_what_each_layer_alone_loses(
 def test_the_sensitivity_of_a_layer_is_its_relative_output_error(
     source: Path, tmp_path: Path
 ) -> None:
-    from mmopt_export.quantization.packing import round_to_nearest, unpack
-
     recipe = Recipe("int4", "weights", bits=4)  # no rounding of activations
     (batch, *_), w = feeds(), rng(0).standard_normal((WIDTH, WIDTH)).astype(np.float32) / 8
     exact = batch["h0"] @ w
@@ -110,6 +116,9 @@ def test_a_tighter_budget_widens_the_worst_layers_and_no_more(source: Path, tmp_
     assert chosen["relative_error"] <= 0.97 * error < trials[0]["relative_error"]
     assert chosen["bytes"] > trials[0]["bytes"], "8 bits weigh more than 4"
     assert set(trials[0]["sensitivities"]) == {f"mm{index}" for index in range(LAYERS)}
+    quantize(source, tmp_path / "c.onnx", with_wider(INT4, (FRAGILE,)), feeds())
+    made, again = (tmp_path / f"{name}.onnx.data" for name in "bc")
+    assert made.read_bytes() == again.read_bytes(), "not the graph that was measured"
 
 
 def test_nothing_within_the_budget_leaves_fp32_and_no_failure(source: Path, tmp_path: Path) -> None:
@@ -124,6 +133,13 @@ def test_nothing_within_the_budget_leaves_fp32_and_no_failure(source: Path, tmp_
     }
     x = feeds()[0]
     assert np.array_equal(run(tmp_path / "out.onnx", x)[0], run(source, x)[0])
+
+
+def test_tables_that_cannot_be_wider_leave_the_next_candidate(tmp_path: Path) -> None:
+    source, batches = table_alone(tmp_path / "fp32.onnx"), [{"ids": np.arange(9)}]
+    record = choose(source, tmp_path / "out.onnx", [INT4, INT8, FP32], batches, None, 1e-7)
+    assert record["recipe"] == FP32.record()
+    assert all(trial["relative_error"] is not None for trial in record["auto"]["trials"])
 
 
 def test_fp16_is_the_answer_for_a_cuda_decoder_though_it_does_not_meet_the_budget(

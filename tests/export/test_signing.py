@@ -10,34 +10,19 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import (
     BestAvailableEncryption,
     Encoding,
-    NoEncryption,
     PrivateFormat,
-    PublicFormat,
 )
 
-import mmopt_export.verification
 from mmopt_export import verify
 from mmopt_export.files import same_artifact
 from mmopt_export.signing import is_signed, read_private_key, require_signature, sign
 from mmopt_kernels.errors import CheckFailedError, InputError, MmoptError
-from tiny_artifacts import edit_graph, make_artifact
-
-
-def save_pair(folder: Path, key: object, name: str = "key") -> tuple[Path, Path]:
-    """Write both halves of a key as PEM."""
-    private, public = folder / f"{name}.pem", folder / f"{name}.pub"
-    private.write_bytes(
-        key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())  # type: ignore[attr-defined]
-    )
-    public.write_bytes(
-        key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)  # type: ignore[attr-defined]
-    )
-    return private, public
+from tiny_artifacts import edit_graph, make_artifact, refuse_sessions, save_pair
 
 
 @pytest.fixture
 def keys(tmp_path: Path) -> tuple[Path, Path]:
-    return save_pair(tmp_path, ed25519.Ed25519PrivateKey.generate())
+    return save_pair(tmp_path)
 
 
 @pytest.fixture
@@ -49,10 +34,7 @@ def signed(tmp_path: Path, keys: tuple[Path, Path]) -> Path:
 
 @pytest.fixture
 def no_session(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_arguments: object, **_options: object) -> None:
-        raise AssertionError("a session was opened before the signature was checked")
-
-    monkeypatch.setattr(mmopt_export.verification, "open_session", refuse)
+    refuse_sessions(monkeypatch)
 
 
 def test_a_signed_artifact_verifies_with_the_public_key(
@@ -104,7 +86,7 @@ def test_two_signed_artifacts_are_byte_identical(tmp_path: Path, keys: tuple[Pat
 
 @pytest.mark.usefixtures("no_session")
 def test_another_key_does_not_verify(signed: Path, tmp_path: Path) -> None:
-    _, other = save_pair(tmp_path, ed25519.Ed25519PrivateKey.generate(), "other")
+    _, other = save_pair(tmp_path, name="other")
     with pytest.raises(CheckFailedError, match=r"was not signed with the key of .*other\.pub"):
         verify(signed, public_key=other)
 

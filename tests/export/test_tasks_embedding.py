@@ -128,16 +128,6 @@ def dense_config(activation: str) -> dict[str, Any]:
     }
 
 
-def save_dense(folder: Path) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    weights = {
-        "linear.weight": torch.randn(12, 32, generator=generator) / 6,
-        "linear.bias": torch.randn(12, generator=generator) / 6,
-    }
-    save_file(weights, folder / "model.safetensors")
-    return weights
-
-
 def test_bad_projections_are_refused_by_name(tmp_path: Path) -> None:
     save_pooling(tmp_path, {"pooling_mode": "mean"}, dense=[dense_config("Softsign")])
     folder = tmp_path / "2_Dense"

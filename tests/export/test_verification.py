@@ -6,24 +6,19 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from cryptography.hazmat.primitives.serialization import (
-    Encoding,
-    NoEncryption,
-    PrivateFormat,
-    PublicFormat,
-)
 from rich.console import Console
 
 import mmopt_export.placement
 import mmopt_export.verification
 from mmopt_export import Runner, VerifyReport, read_manifest, verify
+from mmopt_export.parity import GENERATED, Sample, read_samples, write_parity
 from mmopt_export.placement import CPU, CUDA, PlacedNode
 from mmopt_export.signing import read_private_key, sign
 from mmopt_kernels.errors import CheckFailedError, InputError, MmoptError
-from tiny_artifacts import edit_graph, make_artifact
+from tiny_artifacts import edit_graph, edit_manifest, make_artifact, save_pair, seal
 
 
 def subtract(model: onnx.ModelProto) -> None:
@@ -34,16 +29,6 @@ def subtract(model: onnx.ModelProto) -> None:
 @pytest.fixture
 def tiny(tmp_path: Path) -> Path:
     return make_artifact(tmp_path / "artifact")
-
-
-def keys(folder: Path) -> tuple[Path, Path]:
-    key = Ed25519PrivateKey.generate()
-    private, public = folder / "key.pem", folder / "key.pub"
-    private.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
-    public.write_bytes(
-        key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
-    )
-    return private, public
 
 
 def shown(report: VerifyReport) -> str:
@@ -102,10 +87,7 @@ def test_a_node_out_of_place_exits_1_and_is_named(
     tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A CUDA artifact of which ONNX Runtime moved a node to the CPU, as its profile would say."""
-    path = tiny / "mmopt.json"
-    document = json.loads(path.read_text())
-    document["provider"] = CUDA
-    path.write_text(json.dumps(document))
+    edit_manifest(tiny, lambda document: document.update(provider=CUDA))
     opened = mmopt_export.verification.open_session
     monkeypatch.setattr(
         mmopt_export.verification,
@@ -127,10 +109,10 @@ def test_a_node_out_of_place_exits_1_and_is_named(
 
 def test_a_graph_without_samples_cannot_be_verified(tmp_path: Path) -> None:
     artifact = make_artifact(tmp_path / "artifact", components=("vision", "text"))
-    path = artifact / "mmopt.json"
-    document = json.loads(path.read_text())
-    document["components"]["audio"] = document["components"]["text"]
-    path.write_text(json.dumps(document))
+    edit_manifest(
+        artifact,
+        lambda document: document["components"].update(audio=document["components"]["text"]),
+    )
     with pytest.raises(CheckFailedError, match="no samples of the graph audio"):
         verify(artifact)
 
@@ -168,7 +150,7 @@ def test_record_changes_nothing_but_unproven_artifacts(tmp_path: Path, status: s
 
 def test_recording_a_signed_artifact_signs_it_again(tmp_path: Path) -> None:
     artifact = make_artifact(tmp_path / "artifact", status="unproven")
-    private, public = keys(tmp_path)
+    private, public = save_pair(tmp_path)
     sign(artifact, read_private_key(private))
     with pytest.raises(InputError, match="--record changes what was signed"):
         verify(artifact, record=True)
@@ -179,7 +161,7 @@ def test_recording_a_signed_artifact_signs_it_again(tmp_path: Path) -> None:
 
 def test_sign_without_record_is_bad_usage(tiny: Path) -> None:
     with pytest.raises(InputError, match="Pass --record as well"):
-        verify(tiny, sign_key=keys(tiny.parent)[0])
+        verify(tiny, sign_key=save_pair(tiny.parent)[0])
 
 
 @pytest.mark.parametrize("refused", ["README.md", "mmopt.json", "mmopt.json.sig"])
@@ -187,7 +169,7 @@ def test_a_record_that_cannot_be_written_leaves_the_artifact_as_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: str
 ) -> None:
     artifact = make_artifact(tmp_path / "artifact", status="unproven")
-    private, public = keys(tmp_path)
+    private, public = save_pair(tmp_path)
     sign(artifact, read_private_key(private))
     replace = os.replace
 
@@ -217,3 +199,13 @@ def test_accuracy_is_refused_for_another_task_before_anything_runs(
 def test_reports_compare_equal_for_equal_artifacts(tiny: Path) -> None:
     first, second = verify(tiny), verify(tiny)
     assert dataclasses.asdict(first) == dataclasses.asdict(second)
+
+
+def test_tokens_of_a_graph_without_a_cache_are_one_message(tiny: Path) -> None:
+    ids = np.zeros((1, 1), np.int64)
+    scores = {"best": ids[..., None], "logits": np.zeros((1, 1, 1), np.float32)}
+    stored = Sample("model", GENERATED, {"prompts": ids}, scores)
+    write_parity(tiny, [], [*read_samples(tiny), stored])
+    seal(tiny)
+    with pytest.raises(InputError, match="the graph model has no cache to generate with"):
+        verify(tiny)

@@ -1,6 +1,7 @@
 """Pictures and positions as the runtime computes them, against transformers' own code."""
 
 from importlib import import_module
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -41,7 +42,8 @@ def constants(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, A
     for family, layout in LAYOUTS.items():
         folder = tmp_path_factory.mktemp(family)
         tiny_vlm.make_processor(family).save_pretrained(folder)
-        found[family] = image_constants(tiny_vlm.make(family), folder, layout, tokens=4)
+        configured = SimpleNamespace(config=tiny_vlm.FAMILIES[family][1]())
+        found[family] = image_constants(configured, folder, layout, tokens=4)
     return found
 
 
@@ -133,17 +135,21 @@ def _assert_rows(rows: Any, lengths: Any) -> None:
     np.testing.assert_array_equal(rows[rows >= 0], np.arange(lengths.sum()))
 
 
-@pytest.mark.parametrize("family", ["qwen2.5-vl", "qwen2-vl"])
+@pytest.fixture(scope="module", params=["qwen2.5-vl", "qwen2-vl"])
+def qwen(request: pytest.FixtureRequest) -> Any:
+    """A model whose positions are those of images."""
+    return tiny_vlm.make(request.param).model
+
+
 @pytest.mark.parametrize(
     "grids", [[], [(4, 6)], [(2, 2), (10, 4)], [(2, 8), (8, 2), (4, 4)]], ids=len
 )
-def test_rope_positions_equal_get_rope_index(family: str, grids: list[tuple[int, int]]) -> None:
+def test_rope_positions_equal_get_rope_index(qwen: Any, grids: list[tuple[int, int]]) -> None:
     """Text before, between and after images, of two rows with padding on the left."""
-    model = tiny_vlm.make(family).model
     ids: list[int] = [1, 4, 5]
     for rows, columns in grids:
         ids += [IMAGE_TOKEN] * (rows * columns // 4) + [6, 7]
-    expected, delta = model.get_rope_index(
+    expected, delta = qwen.get_rope_index(
         torch.tensor([[0] * 3 + ids]),
         mm_token_type_ids=(torch.tensor([[0] * 3 + ids]) == IMAGE_TOKEN).int(),
         image_grid_thw=torch.tensor([(1, *one) for one in grids]) if grids else None,

@@ -26,8 +26,9 @@ from tokenizers import models, pre_tokenizers
 
 from mmopt.serve.app import create_app
 from mmopt.serve.queue import RunQueue
-from mmopt_export.manifest import Component, Manifest, Source, TensorSpec, record_files
+from mmopt_export.manifest import record_files
 from mmopt_export.runtime import Runner
+from tiny_artifacts import make_manifest, text_component
 
 WORDS = ("[PAD]", "[UNK]", "good", "bad", "nan", "hold", "fail", "ready")
 INFER = "/v2/models/tiny/infer"
@@ -116,35 +117,11 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.enable_padding()
     tokenizer.enable_truncation(8)
     tokenizer.save(str(folder / "tokenizer.json"))
-    Manifest(
-        name="tiny",
-        task="text-classification",
-        architecture="Tiny",
-        target="cpu",
-        provider="CPUExecutionProvider",
-        precision="fp32",
-        status="verified",
-        opset={"ai.onnx": 20},
-        minimum_onnxruntime="1.30",
-        components={
-            "model": Component(
-                file="model.onnx",
-                inputs=(
-                    TensorSpec("input_ids", "int64", ("batch", "sequence")),
-                    TensorSpec("attention_mask", "int64", ("batch", "sequence")),
-                ),
-                outputs=(TensorSpec("logits", "float32", ("batch", 2)),),
-                precision="fp32",
-                quantization=None,
-            )
-        },
-        caches={},
-        adapters={},
-        preprocessing={},
+    make_manifest(
+        "tiny",
+        {"model": text_component(2)},
         labels=("negative", "positive"),
         max_length=8,
-        source=Source("tiny", "0" * 64, ()),
-        tools={},
         files=record_files(folder),
     ).write(folder)
     return folder

@@ -8,40 +8,11 @@ import numpy as np
 import pytest
 
 from mmopt.serve import protocol
-from mmopt_export.manifest import Component, Manifest, Source, TensorSpec
+from mmopt_export.manifest import TensorSpec
 from mmopt_kernels.errors import InputError
+from tiny_artifacts import make_manifest, text_component
 
-MANIFEST = Manifest(
-    name="tiny",
-    task="text-classification",
-    architecture="Tiny",
-    target="cpu",
-    provider="CPUExecutionProvider",
-    precision="fp32",
-    status="verified",
-    opset={"ai.onnx": 20},
-    minimum_onnxruntime="1.30",
-    components={
-        "model": Component(
-            file="model.onnx",
-            inputs=(
-                TensorSpec("input_ids", "int64", ("batch", "sequence")),
-                TensorSpec("attention_mask", "int64", ("batch", "sequence")),
-            ),
-            outputs=(TensorSpec("logits", "float32", ("batch", 2)),),
-            precision="fp32",
-            quantization=None,
-        )
-    },
-    caches={},
-    adapters={},
-    preprocessing={},
-    labels=("no", "yes"),
-    max_length=8,
-    source=Source("tiny", "0" * 64, ()),
-    tools={},
-    files={},
-)
+MANIFEST = make_manifest("tiny", {"model": text_component(2)}, labels=("no", "yes"), max_length=8)
 
 
 class FixedModel:

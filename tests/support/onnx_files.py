@@ -52,6 +52,14 @@ def write(
     return path
 
 
+def table_alone(path: Path) -> Path:
+    """An embedding table and no matmul."""
+    nodes = [helper.make_node("Gather", ["table", "ids"], ["y"], "embed")]
+    table = rng().standard_normal((1100, 64), np.float32)
+    types = {"ids": TensorProto.INT64}
+    return write(path, nodes, {"ids": ["rows"]}, ["y"], {"table": table}, types)
+
+
 def run(path: Path, feeds: Arrays) -> list[np.ndarray]:
     found: list[np.ndarray] = open_session(path, provider="CPUExecutionProvider").run(None, feeds)
     return found
@@ -63,3 +71,20 @@ def ops(path: Path) -> list[str]:
 
 def relative(actual: np.ndarray, expected: np.ndarray) -> float:
     return float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))
+
+
+def unpack(blocks: tuple[np.ndarray, ...], k: int, bits: int, symmetric: bool) -> np.ndarray:
+    """What a weight in blocks, as MatMulNBits stores it, is worth: `[K, N]` in fp64."""
+    integers, scales, zeros = blocks
+    q = _whole(integers, bits)
+    n, count = scales.shape
+    zero = np.full((n, count), 2 ** (bits - 1)) if symmetric else _whole(zeros, bits)
+    values = scales[..., None].astype(np.float64) * (q.astype(np.float64) - zero[:, :count, None])
+    return np.ascontiguousarray(values.reshape(n, -1)[:, :k].T)
+
+
+def _whole(values: np.ndarray, bits: int) -> np.ndarray:
+    if bits == 8:
+        return values
+    halves = np.stack([values & 15, values >> 4], axis=-1)
+    return halves.reshape(*values.shape[:-1], -1)

@@ -1,6 +1,9 @@
 """Small random decoders, one for each family that the export is held against."""
 
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 VOCABULARY = 61
@@ -102,13 +105,19 @@ COMMON = ("llama", "gemma3")
 """Those that differ most; what the others add is held against eager among the slow tests."""
 
 
-def tiny_decoder(family: str, seed: int = 0) -> Any:
-    """A random model of the family: hidden 32, 2 or 3 layers, 61 tokens, 96 positions."""
+def tiny_decoder(family: str, seed: int = 0, **changes: Any) -> Any:
+    """A random model of the family: hidden 32, 2 or 3 layers, 61 tokens, 96 positions.
+
+    Args:
+        changes: of its configuration.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
+    config = FAMILIES[family]()
+    config.update(changes)
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(FAMILIES[family](), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
@@ -177,6 +186,17 @@ class Exported:
 
         options.setdefault("max_length", self.part.limits["total"])
         return Generator(self.session(), self.cache, **options)
+
+
+_held: list[TemporaryDirectory[str]] = []
+
+
+@cache
+def traced(family: str) -> Exported:
+    """The family's export for the CPU, made once in a process: nobody may change it."""
+    # Removed when the process ends.
+    _held.append(TemporaryDirectory(prefix=f"{family}-"))
+    return Exported(tiny_decoder(family), Path(_held[-1].name))
 
 
 def eager_tokens(model: Any, ids: list[int], count: int) -> list[int]:

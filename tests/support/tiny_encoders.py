@@ -18,6 +18,10 @@ SIZES: dict[str, Any] = {
     "num_attention_heads": 4,
     "intermediate_size": 48,
 }
+_LABELS: dict[str, Any] = {
+    "id2label": dict(enumerate(LABELS)),
+    "label2id": {label: index for index, label in enumerate(LABELS)},
+}
 _TEXT = {**SIZES, "max_position_embeddings": 64}
 # What each family of text encoders says otherwise. RoBERTa's positions start behind the padding
 # id, so its table has one row more than positions.
@@ -133,12 +137,8 @@ def save_text_encoder(
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(1)
     tokenizer.save_pretrained(folder)
     config_class = getattr(transformers, f"{family}Config")
-    labels = {
-        "id2label": dict(enumerate(LABELS)),
-        "label2id": {label: index for index, label in enumerate(LABELS)},
-    }
     config = config_class(
-        vocab_size=len(tokenizer), **{**_TEXT_CONFIGS[family], **labels, **changes}
+        vocab_size=len(tokenizer), **{**_TEXT_CONFIGS[family], **_LABELS, **changes}
     )
     model = make(getattr(transformers, f"{family}{head}"), config, seed=seed)
     model.save_pretrained(folder)
@@ -152,11 +152,7 @@ def save_vision_encoder(
     import transformers
 
     config_class = getattr(transformers, f"{family}Config")
-    labels = {
-        "id2label": dict(enumerate(LABELS)),
-        "label2id": {label: index for index, label in enumerate(LABELS)},
-    }
-    config = config_class(**{**_VISION_CONFIGS[family], **labels, **changes})
+    config = config_class(**{**_VISION_CONFIGS[family], **_LABELS, **changes})
     model = make(getattr(transformers, f"{family}{head}"), config, seed=seed)
     model.save_pretrained(folder)
     side = _VISION_CONFIGS[family].get("image_size", 64)
@@ -270,11 +266,6 @@ def save_speech_encoder(
         return_attention_mask=norm == "layer",
     )
     extractor.save_pretrained(folder)
-    labels = (
-        {"id2label": dict(enumerate(LABELS)), "label2id": {x: i for i, x in enumerate(LABELS)}}
-        if head != "ForCTC"
-        else {}
-    )
     config = getattr(transformers, f"{family}Config")(
         **SIZES,
         vocab_size=len(vocabulary),
@@ -289,7 +280,7 @@ def save_speech_encoder(
         conv_bias=norm == "layer",
         apply_spec_augment=False,
         layerdrop=0.0,
-        **labels,
+        **({} if head == "ForCTC" else _LABELS),
     )
     model = make(getattr(transformers, f"{family}{head}"), config, seed=seed)
     model.save_pretrained(folder)

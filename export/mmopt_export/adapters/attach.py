@@ -15,7 +15,7 @@ from mmopt_export.adapters.fit import (
     read_config,
     whole_names,
 )
-from mmopt_export.checkpoint import check_weights, quiet_transformers
+from mmopt_export.checkpoint import quiet_transformers
 from mmopt_kernels.errors import InputError, one_line
 
 ADAPTER = "default"
@@ -60,7 +60,6 @@ def attach_adapter(base: Any, folder: Path, *, only: str | None = None) -> Attac
     config = read_config(folder)
     if only is not None and config["peft_type"] != only:
         raise InputError(f"{folder} is a {config['peft_type']} adapter, expected {only}.")
-    check_weights(folder)
     facts = BaseFacts.of(base)  # before PEFT changes it
     faults = misfits(folder, facts)
     try:

@@ -9,6 +9,7 @@ from typing import Any
 from safetensors import safe_open
 from torch import nn
 
+from mmopt_export.checkpoint import check_weights
 from mmopt_kernels.errors import InputError
 
 PREFIX = "base_model.model."
@@ -55,7 +56,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The `adapter_config.json` of `folder`, whose `peft_type` says which method it is.
 
     Raises:
-        InputError: not JSON, no PEFT adapter, or one whose method changes no weights.
+        InputError: not JSON, no PEFT adapter, one whose method changes no weights, or damaged
+            weights.
     """
     path = folder / "adapter_config.json"
     try:
@@ -77,6 +79,7 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{folder} is a {method} adapter, which cannot be merged or swapped: {reason}. "
             "Train a LoRA instead."
         )
+    check_weights(folder)
     return config
 
 

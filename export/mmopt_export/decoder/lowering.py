@@ -4,7 +4,7 @@ The Hugging Face model runs as it is. What it looks up by name is replaced while
 
 attention  `com.microsoft::GroupQueryAttention`, through transformers' AttentionInterface
 masks      a `Window` instead of a tensor, through AttentionMaskInterface
-cache      `GraphCache`, which hands the new keys and values on and knows each layer's buffers
+cache      `PendingCache`, which hands the new keys and values on
 rotation   `com.microsoft::RotaryEmbedding`, where `apply_rotary_pos_emb` is that rotation
 norms      RMSNorm in the form that ONNX Runtime fuses
 head       runs on the last token of each row only
@@ -25,13 +25,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.onnx import ops
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache
 
-from mmopt_kernels.errors import InputError, MmoptError, one_line
-
-IMPLEMENTATION = "mmopt_group_query"
-"""The name of our attention and mask functions in transformers' registries."""
+from mmopt_export.lowering import (
+    PendingCache,
+    answered_by,
+    cache_name,
+    group_query_attention,
+    last_tokens,
+    merge_heads,
+    refusing,
+)
+from mmopt_kernels.errors import InputError
 
 # Positions at which a mask is evaluated, besides those around its window: enough to tell causal,
 # windowed, chunked, prefix and block masks apart, few enough to cost nothing.
@@ -78,7 +83,6 @@ class Survey:
     windows: list[Window] = field(default_factory=list)
     rotations: list[str | None] = field(default_factory=list)
     norms: list[tuple[nn.Module, Callable[[Tensor], Tensor]]] = field(default_factory=list)
-    heads: int = 0
 
 
 @dataclass(frozen=True)
@@ -99,48 +103,13 @@ class Buffers:
     last: Tensor
 
 
-class GraphCache(Cache):
-    """Hands new keys and values to the attention function, which knows where the past is."""
-
-    def __init__(self, layers: int) -> None:
-        super().__init__(layers=[DynamicLayer() for _ in range(layers)])
-        self.pending: tuple[int, Tensor, Tensor] | None = None
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Keep what attention is about to be called with.
-
-        Raises:
-            MmoptError: a layer's keys were never attended to.
-        """
-        if self.pending is not None:
-            raise _refusal(
-                f"layer {self.pending[0]} fills the cache and does not call transformers' "
-                "attention function (it has one of its own)"
-            )
-        self.pending = (layer_idx, key_states, value_states)
-        return key_states, value_states
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Nothing: positions are given, and masks need no offset."""
-        return 0
-
-    def get_query_offset(self, layer_idx: int = 0) -> int:
-        """Nothing, as for the length."""
-        return 0
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[Any, int]:
-        """The new tokens and no offset: our mask function looks at neither."""
-        return query_length, 0
-
-
 class Lowering:
     """One forward of the model under replacement: a survey, or the trace that repeats it.
 
     Args:
         name: the architecture, for messages.
         positions: how many the model has, as far as masks must be looked at.
+        layers: of the cache.
         survey: what was found; None makes this the survey.
         buffers: what the trace's attention takes; None for the survey.
     """
@@ -149,13 +118,16 @@ class Lowering:
         self,
         name: str,
         positions: int,
+        layers: int,
         survey: Survey | None = None,
         buffers: Buffers | None = None,
     ) -> None:
         self.name = name
         self.positions = positions
+        self.cache = PendingCache(layers, _refusal)
         self.found = survey or Survey()
         self.buffers = buffers
+        self.heads = 0
         self.presents: dict[int, tuple[Tensor, Tensor]] = {}
         self._surveys = survey is None
         self._calls = {"attention": 0, "mask": 0, "rotation": 0}
@@ -165,7 +137,6 @@ class Lowering:
 
     def attend(
         self,
-        cache: GraphCache,
         module: nn.Module,
         query: Tensor,
         key: Tensor,
@@ -183,7 +154,7 @@ class Lowering:
         Raises:
             InputError: something that GroupQueryAttention has no place for.
         """
-        layer = self._require_expressible(cache, module, query, key, value, mask, arguments)
+        layer = self._require_expressible(module, query, key, value, mask, arguments)
         softcap = arguments.get("softcap")
         found = Attention(
             layer=layer,
@@ -194,7 +165,7 @@ class Lowering:
             softcap=float(softcap or 0.0),
             window=mask.size,
         )
-        cache.pending = None
+        self.cache.pending = None
         if self._surveys:
             self.found.attentions.append(found)
             return torch.zeros_like(query).transpose(1, 2)
@@ -206,43 +177,32 @@ class Lowering:
         self, call: Attention, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None
     ) -> Tensor:
         assert self.buffers is not None
-        past_key, past_value = self.buffers.keys[call.layer], self.buffers.values[call.layer]
-        batch, _, sequence, size = query.shape
-        attributes: dict[str, Any] = {
-            "num_heads": call.heads,
-            "kv_num_heads": call.kv_heads,
-            "scale": call.scale,
-        }
-        if call.window is not None:
+        bias = self._bias(call.window)
+        attributes: dict[str, Any] = {"scale": call.scale}
+        if bias is not None:
+            attributes["causal"] = 0
+        elif call.window is not None:
             attributes["local_window_size"] = call.window
         if call.softcap:
             attributes["softcap"] = call.softcap
-        inputs: list[Tensor | None] = [
-            _merge_heads(query),
-            _merge_heads(key),
-            _merge_heads(value),
-            past_key,
-            past_value,
-            self.buffers.seqlens_k,
-            self.buffers.total,
-        ]
-        if sinks is not None:
-            # cos_cache, sin_cache, position_ids and attention_bias come before it.
-            inputs += [None, None, None, None, sinks]
-        output, present_key, present_value = ops.symbolic_multi_out(
-            "com.microsoft::GroupQueryAttention",
-            inputs,
+        output, self.presents[call.layer] = group_query_attention(
+            query,
+            key,
+            value,
+            (self.buffers.keys[call.layer], self.buffers.values[call.layer]),
+            (self.buffers.seqlens_k, self.buffers.total),
             attributes,
-            dtypes=(query.dtype, past_key.dtype, past_value.dtype),
-            shapes=((batch, sequence, call.heads * size), past_key.shape, past_value.shape),
-            version=1,
+            bias=bias,
+            sinks=sinks,
         )
-        self.presents[call.layer] = (present_key, present_value)
-        return output.view(batch, sequence, call.heads, size)
+        return output
+
+    def _bias(self, window: int | None) -> Tensor | None:
+        """What is added to scores in place of a causal mask of that window; None keeps the mask."""
+        return None
 
     def _require_expressible(
         self,
-        cache: GraphCache,
         module: nn.Module,
         query: Tensor,
         key: Tensor,
@@ -251,12 +211,13 @@ class Lowering:
         arguments: dict[str, Any],
     ) -> int:
         kind = type(module).__name__
-        if cache.pending is None or cache.pending[1] is not key or cache.pending[2] is not value:
+        pending = self.cache.pending
+        if pending is None or pending[1] is not key or pending[2] is not value:
             raise _refusal(
                 f"{kind} attends to other keys than it put into the cache (shared between layers, "
                 "or computed from them)"
             )
-        layer = cache.pending[0]
+        layer = pending[0]
         if not isinstance(mask, Window):
             raise _refusal(f"layer {layer} of {self.name} attends without a causal mask")
         if getattr(module, "is_causal", True) is False:
@@ -282,15 +243,18 @@ class Lowering:
 
     # ---------------------------------------------------------------- masks
 
-    def mask(self, allowed: Callable[..., Any]) -> Window:
+    def mask(self, function: Callable[..., Any], padding: Tensor | None = None) -> Window:
         """The window of a composed mask function, which is evaluated, not believed.
+
+        Args:
+            padding: none comes: rows are compacted.
 
         Raises:
             InputError: it is neither causal nor a causal window.
         """
         if not self._surveys:
             return self.found.windows[self._next("mask")]
-        window = _window(allowed, self.positions, self.name)
+        window = _window(function, self.positions, self.name)
         self.found.windows.append(window)
         return window
 
@@ -323,7 +287,7 @@ class Lowering:
         self, states: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, layout: str
     ) -> Tensor:
         batch, heads, sequence, size = states.shape
-        merged = _merge_heads(states)
+        merged = merge_heads(states)
         attributes: dict[str, Any] = {"interleaved": int(layout != "half")}
         if 2 * cos.shape[1] != size:
             attributes |= {"rotary_embedding_dim": 2 * cos.shape[1], "num_heads": heads}
@@ -343,56 +307,17 @@ class Lowering:
         return index
 
 
-_active: list[tuple[Lowering, GraphCache]] = []
-
-
-def _attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Any,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **arguments: Any,
-) -> tuple[Tensor, None]:
-    lowering, cache = _active[-1]
-    return (
-        lowering.attend(cache, module, query, key, value, attention_mask, scaling, arguments),
-        None,
-    )
-
-
-def _mask(*_: Any, mask_function: Callable[..., Any], **__: Any) -> Window:
-    return _active[-1][0].mask(mask_function)
-
-
-AttentionInterface.register(IMPLEMENTATION, _attention)
-AttentionMaskInterface.register(IMPLEMENTATION, _mask)
-
-
 @contextlib.contextmanager
-def lowered(model: nn.Module, lowering: Lowering, layers: int) -> Iterator[GraphCache]:
-    """Replace what the model looks up while it runs, and put it back.
-
-    Yields:
-        The cache to call the model with.
-    """
-    cache = GraphCache(layers)
+def lowered(model: nn.Module, lowering: Lowering) -> Iterator[None]:
+    """Replace what the model looks up while it runs, and put it back."""
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_attention_implementation(model, IMPLEMENTATION))
         stack.enter_context(_rotations(model, lowering))
         stack.enter_context(_steady_frequencies(model))
         stack.enter_context(_norms(lowering.found))
         stack.enter_context(_last_token_head(model, lowering))
-        _active.append((lowering, cache))
-        stack.callback(_active.pop)
-        yield cache
-        if cache.pending is not None:
-            raise _refusal(
-                f"layer {cache.pending[0]} of {lowering.name} fills the cache and does not call "
-                "transformers' attention function"
-            )
+        stack.enter_context(answered_by(lowering, model))
+        yield
+        lowering.cache.require_attended()
 
 
 def survey(model: Any, inputs: dict[str, Tensor], positions: int, layers: int) -> Survey:
@@ -408,17 +333,13 @@ def survey(model: Any, inputs: dict[str, Tensor], positions: int, layers: int) -
         InputError: the architecture needs something that the graph cannot express; named.
     """
     name = type(model).__name__
-    lowering = Lowering(name, positions)
-    with torch.no_grad(), lowered(model, lowering, layers) as cache:
-        try:
-            call(model, cache, inputs)
-        except (TypeError, AttributeError, ValueError, IndexError, RuntimeError) as error:
-            if isinstance(error, MmoptError):
-                raise
-            raise _refusal(
-                f"{name} does not run with a shared cache ({type(error).__name__}: "
-                f"{one_line(error)})"
-            ) from error
+    lowering = Lowering(name, positions, layers)
+    with (
+        torch.no_grad(),
+        lowered(model, lowering),
+        refusing(_refusal, f"{name} does not run with a shared cache"),
+    ):
+        call(model, lowering.cache, inputs)
     found = lowering.found
     found.norms = [
         (module, form)
@@ -432,8 +353,10 @@ def survey(model: Any, inputs: dict[str, Tensor], positions: int, layers: int) -
             f"{name} has {layers} layers and called transformers' attention function for "
             f"{attended or 'none of them'}"
         )
-    if found.heads != 1:
-        raise _refusal(f"{name} called its language model head {found.heads} times, expected once")
+    if lowering.heads != 1:
+        raise _refusal(
+            f"{name} called its language model head {lowering.heads} times, expected once"
+        )
     sizes = {(one.kv_heads, one.head_size) for one in found.attentions}
     if len(sizes) != 1:
         raise _refusal(f"{name} has layers with different key and value heads: {sorted(sizes)}")
@@ -442,37 +365,13 @@ def survey(model: Any, inputs: dict[str, Tensor], positions: int, layers: int) -
 
 def call(model: Any, cache: Cache, inputs: dict[str, Tensor]) -> Any:
     """`model(...)` with the cache under the name that this transformers gives it; its logits."""
-    known = inspect.signature(model.forward).parameters
-    name = "cache" if "cache" in known else "past_key_values"
-    if "position_ids" not in known:
+    if "position_ids" not in inspect.signature(model.forward).parameters:
         raise _refusal(f"{type(model).__name__} takes no position_ids")
-    return model(**inputs, **{name: cache}, use_cache=True, return_dict=True).logits
+    arguments = {**inputs, cache_name(model): cache}
+    return model(**arguments, use_cache=True, return_dict=True).logits
 
 
 # -------------------------------------------------------------------- replacements
-
-
-@contextlib.contextmanager
-def _attention_implementation(model: nn.Module, name: str) -> Iterator[None]:
-    """Set the attention of every configuration in the model, directly: the setter would look for
-    kernels of that name."""
-    modules: list[Any] = [one for one in model.modules() if hasattr(one, "config")]
-    configs = {id(one.config): one.config for one in modules}
-    before = {key: one._attn_implementation for key, one in configs.items()}
-    for one in configs.values():
-        one._attn_implementation = name
-    try:
-        yield
-    finally:
-        for key, one in configs.items():
-            one._attn_implementation = before[key]
-
-
-@contextlib.contextmanager
-def eager_attention(model: nn.Module) -> Iterator[None]:
-    """Run the model with transformers' plain attention: the oracle, which knows every feature."""
-    with _attention_implementation(model, "eager"):
-        yield
 
 
 @contextlib.contextmanager
@@ -557,12 +456,9 @@ def _last_token_head(model: Any, lowering: Lowering) -> Iterator[None]:
         raise _refusal(f"{lowering.name} has no language model head")
 
     def choose(_: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor]:
-        lowering.found.heads += 1
-        hidden: Tensor = args[0]
-        if lowering.buffers is None:
-            return (hidden[:, -1],)
-        index = lowering.buffers.last.view(-1, 1, 1).expand(-1, 1, hidden.shape[2])
-        return (hidden.gather(1, index).squeeze(1),)
+        lowering.heads += 1
+        last = None if lowering.buffers is None else lowering.buffers.last
+        return (last_tokens(args[0], last).squeeze(1),)
 
     handles = (
         head.register_forward_pre_hook(choose),
@@ -684,12 +580,6 @@ def _norm_form(module: Any) -> list[Callable[[Tensor], Tensor]]:
             if torch.allclose(form(probe), expected, atol=_SAME, rtol=_SAME):
                 return [form]
     return []
-
-
-def _merge_heads(states: Tensor) -> Tensor:
-    """`[batch, heads, sequence, size]` as `[batch, sequence, heads * size]`."""
-    batch, heads, sequence, size = states.shape
-    return states.transpose(1, 2).reshape(batch, sequence, heads * size)
 
 
 def _refusal(reason: str) -> InputError:

@@ -1,28 +1,30 @@
 """Holds what an exported decoder generates against eager PyTorch, token by token.
 
+Only `greedy_reference` needs torch: an artifact stores what it gives, and `mmopt verify` holds the
+graph against that again.
+
 Both sides always continue with eager's token, so that a step where they part does not end the
 comparison: every step of every row is compared, and until the first difference this is what free
 generation gives. A difference at a near-tie is no error: where logits are right to `tolerance`, two
 of them that are closer than twice that may come out in either order.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from transformers.cache_utils import DynamicCache
 
-from mmopt_export.decoder.lowering import call, eager_attention
-from mmopt_export.decoder.part import IDS, EagerDecoder, cache_map
-from mmopt_export.generation import Generator
-from mmopt_export.parity import StageParity
-from mmopt_export.parts import Part, Proof
-from mmopt_export.runtime import MODEL, MODEL_NAME, open_session
-from mmopt_kernels.errors import InputError
+from mmopt_export.generation import IDS, Generator
+from mmopt_export.manifest import CacheMap
+from mmopt_export.parity import GENERATED, Sample, StageParity
+from mmopt_export.runtime import runtime_errors
+from mmopt_kernels.errors import InputError, MmoptError
+
+if TYPE_CHECKING:
+    from mmopt_export.parts import Part
 
 STEPS = 32
 """New tokens of each row that are compared."""
@@ -43,15 +45,53 @@ class GreedyReference:
 
     Attributes:
         prompts: ids by row.
-        tokens: int64 `[B, steps]`.
         best: int64 `[B, steps, K]`, the most likely ids of each step, most likely first.
         logits: float32 `[B, steps, K]`, of those.
     """
 
     prompts: tuple[tuple[int, ...], ...]
-    tokens: npt.NDArray[np.int64]
     best: npt.NDArray[np.int64]
     logits: npt.NDArray[np.float32]
+
+    @property
+    def tokens(self) -> npt.NDArray[np.int64]:
+        """What is generated, `[B, steps]`."""
+        tokens: npt.NDArray[np.int64] = self.best[..., 0]
+        return tokens
+
+    def sample(self, component: str) -> Sample:
+        """The form in which an artifact stores it; prompts are filled up to one length with -1."""
+        prompts = np.full((len(self.prompts), max(map(len, self.prompts))), -1, dtype=np.int64)
+        for row, prompt in zip(prompts, self.prompts, strict=True):
+            row[: len(prompt)] = prompt
+        return Sample(
+            component,
+            GENERATED,
+            {"prompts": prompts},
+            {"best": self.best, "logits": self.logits},
+        )
+
+    @classmethod
+    def of(cls, sample: Sample) -> "GreedyReference":
+        """What `sample` gave.
+
+        Raises:
+            InputError: it gave something else.
+        """
+        prompts = sample.feeds.get("prompts", np.empty(0))
+        best, logits = (sample.expected.get(name, np.empty(0)) for name in ("best", "logits"))
+        if not (
+            (prompts.ndim, best.ndim) == (2, 3)
+            and best.size
+            and len(prompts) == len(best)
+            and best.shape == logits.shape
+            and (prompts.dtype.kind, best.dtype.kind, logits.dtype.kind) == ("i", "i", "f")
+        ):
+            raise InputError(
+                f"what the graph {sample.component} should generate is not stored as prompts with "
+                "the most likely tokens of each step. Export the model again."
+            )
+        return cls(tuple(tuple(row[row >= 0].tolist()) for row in prompts), best, logits)
 
 
 @dataclass(frozen=True)
@@ -95,13 +135,15 @@ class GreedyParity:
 
 
 def greedy_reference(
-    part: Part, prompts: Sequence[Sequence[int]], *, steps: int = STEPS
+    part: "Part", prompts: Sequence[Sequence[int]], *, steps: int = STEPS
 ) -> GreedyReference:
     """Generate greedily with the eager model of a decoder's part, each prompt by itself.
 
     Raises:
         InputError: the part takes embeddings, or a prompt has no room for `steps` tokens.
     """
+    from mmopt_export.decoder.part import EagerDecoder
+
     module = part.module
     if not isinstance(module, EagerDecoder) or IDS not in part.inputs:
         raise InputError(f"the part {part.name} is no decoder of ids.")
@@ -115,7 +157,6 @@ def greedy_reference(
     rows = [_eager_row(module.model, list(prompt), steps) for prompt in prompts]
     return GreedyReference(
         prompts=tuple(tuple(prompt) for prompt in prompts),
-        tokens=np.asarray([best[:, 0] for best, _ in rows], dtype=np.int64),
         best=np.stack([best for best, _ in rows]),
         logits=np.stack([logits for _, logits in rows]),
     )
@@ -132,11 +173,18 @@ def greedy_parity(
     rows, steps, kept = reference.best.shape
     conversation = generator.start(rows)
     logits = generator.prefill([list(one) for one in reference.prompts], conversation)
+    if not 0 <= reference.best.min() <= reference.best.max() < logits.shape[1]:
+        raise InputError(
+            f"tokens from {reference.best.min()} to {reference.best.max()} are expected, and the "
+            f"graph knows {logits.shape[1]}. Export the model again."
+        )
     differences: list[Difference] = []
     error = 0.0
     for step in range(steps):
         best, expected = reference.best[:, step], reference.logits[:, step]
-        error = max(error, float(np.abs(np.take_along_axis(logits, best, 1) - expected).max()))
+        # Not Python's max, which drops a NaN, and argmax may land on one as if it had won.
+        off = np.abs(np.take_along_axis(logits, best, 1) - expected).max()
+        error = float(np.maximum(error, off))
         for row, found in enumerate(logits.argmax(axis=1).tolist()):
             if found == reference.tokens[row, step]:
                 continue
@@ -151,36 +199,37 @@ def greedy_parity(
     return GreedyParity(rows * steps, tuple(differences), error)
 
 
-def greedy_proof(
-    part: Part, prompts: Sequence[Sequence[int]], *, steps: int = STEPS
-) -> Callable[[], Proof]:
-    """`Plan.proof` of a decoder: greedy tokens of the finished graph, prompts of any lengths."""
+def prove_greedy(
+    sample: Sample,
+    model: Path,
+    precision: str,
+    *,
+    provider: str,
+    cache: CacheMap | None,
+    longest: int | None,
+) -> StageParity:
+    """Let a finished graph generate what a `GreedyReference.sample` says that eager generated.
 
-    def prove() -> Proof:
-        reference = greedy_reference(part, prompts, steps=steps)
-        cache, name, longest = cache_map(part), part.name, part.limits.get("total")
+    Args:
+        cache: of the graph, from the manifest.
+        longest: tokens that a row may have; None where the model has no end.
 
-        def check(folder: Path, precision: str, provider: str) -> list[StageParity]:
-            file = folder / MODEL_NAME if name == MODEL else folder / name / MODEL_NAME
-            session = open_session(file, provider=provider)
-            typed = _with_type_of(session, cache)
-            generator = Generator(session, typed, provider=provider, max_length=longest)
-            tolerance = TOLERANCES.get(precision, TOLERANCES["fp16"])
-            result = greedy_parity(reference, generator, tolerance=tolerance)
-            return [_stage(result, name, precision in TOLERANCES, len(reference.prompts))]
-
-        return check
-
-    return prove
-
-
-def _with_type_of(session: Any, cache: Any) -> Any:
-    """The cache with the type of its buffers in this graph, which a precision may have changed."""
-    from dataclasses import replace
-
-    names = {"tensor(float)": "float32", "tensor(float16)": "float16"}
-    inputs = {one.name: one.type for one in session.get_inputs()}
-    return replace(cache, dtype=names.get(inputs[cache.layers[0][0]], "bfloat16"))
+    Raises:
+        InputError: the sample or the cache is not that of the graph.
+        MmoptError: ONNX Runtime cannot run the graph (exit 3).
+    """
+    reference = GreedyReference.of(sample)
+    if cache is None:
+        raise InputError(
+            f"the graph {sample.component} has no cache to generate with. Export the model again."
+        )
+    generator = Generator(model, cache, provider=provider, max_length=longest)
+    tolerance = TOLERANCES.get(precision, TOLERANCES["fp16"])
+    try:
+        result = greedy_parity(reference, generator, tolerance=tolerance)
+    except runtime_errors() as error:
+        raise MmoptError(f"ONNX Runtime could not generate with {model}: {error}") from error
+    return _stage(result, sample.component, precision in TOLERANCES, len(reference.prompts))
 
 
 def _stage(result: GreedyParity, component: str, gates: bool, rows: int) -> StageParity:
@@ -198,7 +247,7 @@ def _stage(result: GreedyParity, component: str, gates: bool, rows: int) -> Stag
     return StageParity(
         component=component,
         stage="greedy",
-        kind="generated",
+        kind=GENERATED,
         output="tokens",
         rows=result.steps,
         finite=bool(np.isfinite(result.max_error)),
@@ -217,10 +266,16 @@ def _stage(result: GreedyParity, component: str, gates: bool, rows: int) -> Stag
 
 def _eager_row(model: Any, prompt: list[int], steps: int) -> tuple[Any, Any]:
     """The best ids and their logits, `[steps, K]` each."""
+    import torch
+    from transformers.cache_utils import DynamicCache
+
+    from mmopt_export.decoder.lowering import call
+    from mmopt_export.lowering import attention_implementation
+
     cache = DynamicCache()
     best, logits = [], []
     new, past = prompt, 0
-    with torch.no_grad(), eager_attention(model):
+    with torch.no_grad(), attention_implementation(model, "eager"):
         for _ in range(steps):
             inputs = {
                 IDS: torch.tensor([new]),

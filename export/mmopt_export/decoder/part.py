@@ -11,16 +11,25 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
+from mmopt_export.caches import (
+    fill_presents,
+    new_cache_map,
+    padded,
+    pasts,
+    presents,
+    read_row,
+    valid_presents,
+)
 from mmopt_export.decoder.lowering import (
     Buffers,
     Lowering,
     Survey,
     call,
-    eager_attention,
     lowered,
     steady_positions,
     survey,
 )
+from mmopt_export.lowering import attention_implementation
 from mmopt_export.manifest import CacheMap
 from mmopt_export.parts import Part
 from mmopt_export.runtime import Tensors
@@ -35,8 +44,8 @@ LOGITS = "logits"
 # has (131072 is the largest context among those we support), and 24 rows of it cost 3 MB.
 _MOST_POSITIONS = 131072
 
-# Tokens in the cache of a parity sample; with the new ones still within any model's positions.
-_SAMPLE_CAPACITY = 24
+SAMPLE_CAPACITY = 24
+"""Tokens in the cache of a parity sample; with the new ones still within any model's positions."""
 
 
 @dataclass(frozen=True)
@@ -85,29 +94,22 @@ class EagerDecoder(nn.Module):
         extra = {name: inputs.pop(name) for name in list(inputs) if name in self.extra.inputs}
         mask = inputs.pop(MASK)
         new = inputs.pop(IDS if IDS in inputs else EMBEDS)
-        with torch.no_grad(), eager_attention(self.model), self.extra.bind(extra):
+        with (
+            torch.no_grad(),
+            attention_implementation(self.model, "eager"),
+            self.extra.bind(extra),
+        ):
             rows = [self._row(new, mask, inputs, row) for row in range(len(new))]
         capacity = max(next(iter(inputs.values())).shape[2], int(mask.sum(1).max()))
-        presents = [self._filled(rows, layer, capacity) for layer in range(len(self.cache.layers))]
-        outputs = {LOGITS: torch.stack([logits for logits, _ in rows])}
-        for (_, _, key, value), (keys, values) in zip(self.cache.layers, presents, strict=True):
-            outputs |= {key: keys, value: values}
-        return outputs
+        filled = fill_presents(self.cache, [held for _, held in rows], capacity)
+        return {LOGITS: torch.stack([logits for logits, _ in rows]), **filled}
 
     def _row(
-        self, new: Tensor, mask: Tensor, pasts: dict[str, Tensor], row: int
+        self, new: Tensor, mask: Tensor, buffers: dict[str, Tensor], row: int
     ) -> tuple[Tensor, DynamicCache]:
         fresh = mask[row, mask.shape[1] - new.shape[1] :].bool()
         past = int(mask[row].sum() - fresh.sum())
-        # Without a configuration: a sliding layer would drop what the buffers keep.
-        cache = DynamicCache(
-            [
-                (pasts[key][row : row + 1, :, :past], pasts[value][row : row + 1, :, :past])
-                for key, value, _, _ in self.cache.layers
-            ]
-            if past
-            else None
-        )
+        cache = read_row(self.cache, buffers, row, past, self.cache.head_size)
         if not fresh.any():
             return torch.zeros(1, self.model.config.get_text_config().vocab_size), cache
         inputs = {
@@ -115,15 +117,6 @@ class EagerDecoder(nn.Module):
             "position_ids": torch.arange(past, past + int(fresh.sum())).unsqueeze(0),
         }
         return call(self.model, cache, inputs)[0, -1:], cache
-
-    def _filled(self, rows: list[Any], layer: int, capacity: int) -> tuple[Tensor, Tensor]:
-        shape = (len(rows), self.cache.heads, capacity, self.cache.head_size)
-        buffers = (torch.zeros(shape), torch.zeros(shape))
-        for row, (_, cache) in enumerate(rows):
-            held = cache.layers[layer]
-            for buffer, tokens in zip(buffers, (held.keys, held.values), strict=True):
-                buffer[row, :, : tokens.shape[2]] = tokens[0]
-        return buffers
 
 
 class LoweredDecoder(nn.Module):
@@ -158,13 +151,18 @@ class LoweredDecoder(nn.Module):
             seqlens_k, total, last, keys, values: as `lowering.Buffers` has them.
             extra: `Extra.inputs`, as tensors of the trace.
         """
-        buffers = Buffers(keys, values, seqlens_k, total, last)
-        lowering = Lowering(type(self.model).__name__, self.positions, self.found, buffers)
         inputs = {IDS if tokens.dim() == 2 else EMBEDS: tokens, "position_ids": position_ids}
-        with self.extra.bind(extra), lowered(self.model, lowering, len(keys)) as cache:
-            logits = call(self.model, cache, inputs)
-        presents = [one for layer in range(len(keys)) for one in lowering.presents[layer]]
-        return (logits, *presents)
+        buffers = Buffers(keys, values, seqlens_k, total, last)
+        with self.extra.bind(extra):
+            lowering = self.lowering(buffers, tokens, position_ids)
+            with lowered(self.model, lowering):
+                logits = call(self.model, lowering.cache, inputs)
+        return (logits, *(one for layer in range(len(keys)) for one in lowering.presents[layer]))
+
+    def lowering(self, buffers: Buffers, tokens: Tensor, position_ids: Tensor) -> Lowering:
+        """What the model runs under, for arguments of `forward`."""
+        name = type(self.model).__name__
+        return Lowering(name, self.positions, len(buffers.keys), self.found, buffers)
 
 
 def decoder_part(
@@ -206,33 +204,20 @@ def decoder_part(
     }
     with extra.bind(extra.inputs):
         found = survey(model, inputs, positions, layers)
-    cache = CacheMap(
-        layers=tuple(
-            (
-                f"past_key_values.{layer}.key",
-                f"past_key_values.{layer}.value",
-                f"present.{layer}.key",
-                f"present.{layer}.value",
-            )
-            for layer in range(layers)
-        ),
-        heads=found.attentions[0].kv_heads,
-        head_size=found.attentions[0].head_size,
-        dtype="float32",
-    )
+    cache = new_cache_map(layers, found.attentions[0].kv_heads, found.attentions[0].head_size)
     module = EagerDecoder(model, cache, extra).eval()
     batches = _Batches(model, cache, embeds, extra, positions)
     # torch.export takes 0 and 1 for constants, and equal sizes for one symbol: hence 2, 3 and 5.
     example = {
         EMBEDS if embeds else IDS: _tokens(model, (2, 3), embeds, seed=0),
         MASK: torch.ones(2, 3, dtype=torch.int64),
-        **{past: torch.zeros(2, cache.heads, 5, cache.head_size) for past in _pasts(cache)},
+        **{past: torch.zeros(2, cache.heads, 5, cache.head_size) for past in pasts(cache)},
         **extra.inputs,
     }
     axes = {
         EMBEDS if embeds else IDS: {0: "batch", 1: "sequence"},
         MASK: {0: "batch", 1: "total"},
-        **{past: {0: "batch", 2: "capacity"} for past in _pasts(cache)},
+        **{past: {0: "batch", 2: "capacity"} for past in pasts(cache)},
         **extra.axes,
     }
     return Part(
@@ -240,7 +225,7 @@ def decoder_part(
         module=module,
         inputs=example,
         axes=axes,
-        outputs=(LOGITS, *(present for layer in cache.layers for present in layer[2:])),
+        outputs=(LOGITS, *presents(cache)),
         samples=batches,
         limits={"total": limit} if limit else {},
         scores=(LOGITS,),
@@ -269,13 +254,8 @@ def valid_rows(cache: CacheMap, feeds: Tensors) -> Tensors:
     new = next(feeds[name] for name in (IDS, EMBEDS) if name in feeds)
     lengths = mask.sum(axis=1)
     capacity = max(feeds[cache.layers[0][0]].shape[2], int(lengths.max()))
-    held = np.arange(capacity) < lengths[:, None]
-    held = np.broadcast_to(held[:, None], (len(mask), cache.heads, capacity))
     fresh = mask[:, mask.shape[1] - new.shape[1] :]
-    valid: Tensors = {LOGITS: np.asarray(fresh.any(axis=1))}
-    for _, _, key, value in cache.layers:
-        valid |= {key: held, value: held}
-    return valid
+    return {LOGITS: np.asarray(fresh.any(axis=1)), **valid_presents(cache, lengths, capacity)}
 
 
 class _Batches:
@@ -288,15 +268,15 @@ class _Batches:
         self.cache = cache
         self.embeds = embeds
         self.extra = extra
-        self.longest = min(_SAMPLE_CAPACITY - 1, positions - 1)
+        self.longest = min(SAMPLE_CAPACITY - 1, positions - 1)
 
     def __call__(self) -> Iterator[tuple[str, Tensors]]:
         most = self.longest
         yield "prefill", self._prefill([[1] * most])
         yield "prefill", self._prefill([[1] * 2, [1] * 2])
-        yield "prefill-right", self._prefill(_padded([most, 1, most // 2], "right"))
-        yield "prefill-left", self._prefill(_padded([1, most, most // 2], "left"))
-        yield "prefill-room", self._prefill(_padded([most // 2, 2], "right"), _SAMPLE_CAPACITY)
+        yield "prefill-right", self._prefill(padded([most, 1, most // 2], "right"))
+        yield "prefill-left", self._prefill(padded([1, most, most // 2], "left"))
+        yield "prefill-room", self._prefill(padded([most // 2, 2], "right"), SAMPLE_CAPACITY)
         yield "decode", self._decode([most])
         yield "decode-ragged", self._decode([1, most, most // 2])
         yield "resume", self._decode([most // 2], new=[1] * (most - most // 2))
@@ -308,9 +288,9 @@ class _Batches:
 
     def _decode(self, lengths: list[int], new: list[int] | None = None) -> Tensors:
         fresh = new or [1]
-        past = _padded(lengths, "left")
+        past = padded(lengths, "left")
         mask = np.asarray([row + fresh for row in past], dtype=np.int64)
-        return self._feeds(mask, len(fresh), _SAMPLE_CAPACITY + len(fresh))
+        return self._feeds(mask, len(fresh), SAMPLE_CAPACITY + len(fresh))
 
     def _feeds(self, mask: Any, new: int, capacity: int) -> Tensors:
         seed = int(mask.sum()) + new
@@ -324,20 +304,10 @@ class _Batches:
             MASK: mask,
             **{
                 past: (generator.standard_normal(buffer) * held).astype(np.float32)
-                for past in _pasts(self.cache)
+                for past in pasts(self.cache)
             },
             **{name: one.numpy() for name, one in self.extra.inputs.items()},
         }
-
-
-def _padded(lengths: list[int], side: str) -> list[list[int]]:
-    most = max(lengths)
-    rows = [([1] * length, [0] * (most - length)) for length in lengths]
-    return [real + pad if side == "right" else pad + real for real, pad in rows]
-
-
-def _pasts(cache: CacheMap) -> list[str]:
-    return [past for layer in cache.layers for past in layer[:2]]
 
 
 def _tokens(model: Any, shape: tuple[int, int], embeds: bool, seed: int) -> Tensor:

@@ -7,6 +7,10 @@ import onnx_ir
 from onnx_ir import Node, Value
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from mmopt_export.quantization.weights import initializer
+
+Dims = list[int | onnx_ir.SymbolicDim]
+
 
 def transpose_weights(model: onnx_ir.Model) -> None:
     """Store a Linear's weight as MatMul reads it: `[in, out]`, made when the file is written.
@@ -45,7 +49,7 @@ def _input(node: Node, index: int) -> Value:
     return value
 
 
-def _dims(value: Value) -> list[int | onnx_ir.SymbolicDim]:
+def _dims(value: Value) -> Dims:
     """Its dimensions, or none where they are unknown."""
     return [] if value.shape is None else list(value.shape)
 
@@ -74,11 +78,13 @@ def drop_reshapes(model: onnx_ir.Model) -> None:
 
 
 def _same_shape(a: Value, b: Value) -> bool:
-    if a.shape is None or b.shape is None or len(a.shape) != len(b.shape):
-        return False
-    return all(
-        x == y and (isinstance(x, int) or x.value is not None)
-        for x, y in zip(a.shape, b.shape, strict=True)
+    return a.shape is not None and b.shape is not None and _same_dims(_dims(a), _dims(b))
+
+
+def _same_dims(a: Dims, b: Dims) -> bool:
+    """Whether they are equal for every input: unknown ones are not."""
+    return len(a) == len(b) and all(
+        x == y and (isinstance(x, int) or x.value is not None) for x, y in zip(a, b, strict=True)
     )
 
 
@@ -196,10 +202,7 @@ def _around_reshapes(x: Value, output: Value) -> tuple[Value, Value]:
     wide, result = _input(before, 0), after[0].outputs[0]
     if after[0].op_type != "Reshape" or not _dims(wide) or not _dims(result):
         return x, output
-    same = len(_dims(wide)) == len(_dims(result)) and all(
-        a == b and (isinstance(a, int) or a.value is not None)
-        for a, b in zip(_dims(wide)[:-1], _dims(result)[:-1], strict=True)
-    )
+    same = _same_dims(_dims(wide)[:-1], _dims(result)[:-1])
     kept = _dims(wide)[-1:] == _dims(x)[-1:]
     return (wide, result) if same and kept else (x, output)
 
@@ -290,8 +293,8 @@ def pack_projections(model: onnx_ir.Model) -> None:
 def _pack(graph: onnx_ir.Graph, x: Value, nodes: list[Node], weights: list[Value]) -> None:
     sizes = [_size(one, 1) for one in weights]
     packed = _packed([one.const_value for one in weights if one.const_value is not None])
-    weight = _initializer(graph, packed)
-    lengths = _initializer(
+    weight = initializer(graph, packed)
+    lengths = initializer(
         graph,
         onnx_ir.tensor(
             np.asarray(sizes, dtype=np.int64), name=f"split.{'.'.join(map(str, sizes))}"
@@ -330,19 +333,6 @@ def _packed(weights: list[onnx_ir.TensorProtocol]) -> onnx_ir.TensorProtocol:
         shape=onnx_ir.Shape(shape),
         name=name,
     )
-
-
-def _initializer(graph: onnx_ir.Graph, tensor: onnx_ir.TensorProtocol) -> Value:
-    """A graph's value of this tensor's name, made where there is none."""
-    name = str(tensor.name)
-    if name not in graph.initializers:
-        graph.initializers[name] = Value(
-            name=name,
-            shape=onnx_ir.Shape([int(one) for one in tensor.shape.numpy()]),
-            type=onnx_ir.TensorType(tensor.dtype),
-            const_value=tensor,
-        )
-    return graph.initializers[name]
 
 
 # Operators that make each token's values of that token's alone, so long as they leave the axes of
@@ -389,7 +379,7 @@ def hoist_last_token(model: onnx_ir.Model) -> None:
     for number, value in enumerate(sorted(inputs, key=lambda one: str(one.name))):
         size = _size(value, 2)
         shape = onnx_ir.tensor(np.asarray([1, 1, size], dtype=np.int64), name=f"last.{size}")
-        expand = onnx_ir.node("Expand", [index, _initializer(graph, shape)])
+        expand = onnx_ir.node("Expand", [index, initializer(graph, shape)])
         chosen = onnx_ir.node("GatherElements", [value, expand.outputs[0]], {"axis": 1})
         for node, kind in ((expand, index.type), (chosen, value.type)):
             node.outputs[0].name = f"last.{node.op_type}_{number}"

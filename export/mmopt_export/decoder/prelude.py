@@ -10,6 +10,7 @@ import onnx_ir
 from onnx_ir import DataType, Node, Value
 
 from mmopt_export.decoder.part import EMBEDS
+from mmopt_export.quantization.weights import initializer
 
 
 class _Builder:
@@ -33,18 +34,9 @@ class _Builder:
 
     def constant(self, *values: int, rank: int = 1) -> Value:
         """int64, `[len(values)]`, or a scalar with `rank=0`."""
+        array = np.asarray(values if rank else values[0], dtype=np.int64)
         name = f"prelude.{'_'.join(map(str, values))}_{rank}"
-        if name not in self._graph.initializers:
-            array = np.asarray(values if rank else values[0], dtype=np.int64)
-            tensor = onnx_ir.tensor(array, name=name)
-            value = Value(
-                name=name,
-                shape=onnx_ir.Shape(array.shape),
-                type=onnx_ir.TensorType(DataType.INT64),
-                const_value=tensor,
-            )
-            self._graph.initializers[name] = value
-        return self._graph.initializers[name]
+        return initializer(self._graph, onnx_ir.tensor(array, name=name))
 
 
 def add_prelude(model: onnx_ir.Model, tokens: str, trim: bool) -> None:

@@ -6,6 +6,7 @@ import onnx_ir
 import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from mmopt_export.caches import pasts
 from mmopt_export.decoder.part import EMBEDS, IDS, LoweredDecoder, cache_map
 from mmopt_export.decoder.passes import (
     drop_reshapes,
@@ -17,14 +18,10 @@ from mmopt_export.decoder.passes import (
     transpose_weights,
 )
 from mmopt_export.decoder.prelude import add_prelude
-from mmopt_export.graph import quiet, strip_metadata
+from mmopt_export.graph import OPSET, quiet, strip_metadata
 from mmopt_export.parts import Part
+from mmopt_export.providers import get_target
 from mmopt_kernels.errors import InputError, MmoptError, one_line
-
-OPSET = 20
-
-# Targets that have ONNX Runtime's own ops; others keep to what every runtime's optimizer knows.
-_FUSED = ("cpu", "cuda")
 
 
 def trace_decoder(part: Part, target: str) -> onnx_ir.Model:
@@ -74,7 +71,7 @@ def trace_decoder(part: Part, target: str) -> onnx_ir.Model:
     split_gemms(model)
     sink_transposes(model)
     drop_reshapes(model)
-    if target in _FUSED:
+    if get_target(target).contrib:
         fuse_skip_norms(model)
         pack_projections(model)
     hoist_last_token(model)
@@ -114,13 +111,13 @@ def _name_values(model: onnx_ir.Model, part: Part) -> None:
         inputs[old].name = new
     ordered = [inputs[one] for one in ("tokens", "position_ids", "seqlens_k", "total", "last")]
     by_name = {str(value.name): value for value in model.graph.inputs}
-    pasts = [by_name[past] for layer in cache.layers for past in layer[:2]]
+    buffers = [by_name[past] for past in pasts(cache)]
     del model.graph.inputs[:]
-    model.graph.inputs.extend([*ordered, *pasts, *(by_name[name] for name in extras)])
+    model.graph.inputs.extend([*ordered, *buffers, *(by_name[name] for name in extras)])
     for value, name in zip(model.graph.outputs, part.outputs, strict=True):
         value.name = name
     named: list[tuple[onnx_ir.Value, dict[int, str]]]
-    named = [(inputs["tokens"], {0: "batch", 1: "sequence"}), (pasts[0], {2: "capacity"})]
+    named = [(inputs["tokens"], {0: "batch", 1: "sequence"}), (buffers[0], {2: "capacity"})]
     named += [(by_name[name], part.axes.get(name, {})) for name in extras]
     symbols = {
         str(dim): axes[axis]

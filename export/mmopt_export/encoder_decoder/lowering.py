@@ -19,14 +19,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.onnx import ops
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
+from transformers.cache_utils import DynamicCache, DynamicLayer, EncoderDecoderCache
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
+from mmopt_export.lowering import (
+    PendingCache,
+    group_query_attention,
+    merge_heads,
+    without_last_nones,
+)
 from mmopt_kernels.errors import InputError
-
-IMPLEMENTATION = "mmopt_encoder_decoder"
-"""The name of our attention and mask functions in transformers' registries."""
 
 # Tensors that attention may be called with: a bias is added to the scores, positions are unused.
 _KNOWN_TENSORS = ("position_bias", "position_ids")
@@ -99,38 +101,6 @@ class Step:
     positions: Tensor
 
 
-class _SelfCache(Cache):
-    """Hands new keys and values to the attention function, which knows where the past is."""
-
-    def __init__(self, layers: int) -> None:
-        super().__init__(layers=[DynamicLayer() for _ in range(layers)])
-        self.pending: tuple[int, Tensor, Tensor] | None = None
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Keep what attention is about to be called with."""
-        if self.pending is not None:
-            raise refusal(
-                f"layer {self.pending[0]} fills the cache and does not call transformers' "
-                "attention function (it has one of its own)"
-            )
-        self.pending = (layer_idx, key_states, value_states)
-        return key_states, value_states
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Nothing: positions are given, and masks need no offset."""
-        return 0
-
-    def get_query_offset(self, layer_idx: int = 0) -> int:
-        """Nothing, as for the length."""
-        return 0
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[Any, int]:
-        """The new tokens and no offset: our mask function looks at neither."""
-        return query_length, 0
-
-
 class GraphCache(EncoderDecoderCache):
     """The cache that a decoder is called with.
 
@@ -141,7 +111,7 @@ class GraphCache(EncoderDecoderCache):
 
     def __init__(self, layers: int, cross: Sequence[tuple[Tensor, Tensor]] | None = None) -> None:
         # Empty at first: looking at the sizes of the keys would fix them in the trace.
-        super().__init__(_SelfCache(layers), DynamicCache())
+        super().__init__(PendingCache(layers, refusal), DynamicCache())
         if cross is None:
             self.is_updated = dict.fromkeys(range(layers), False)
             return
@@ -244,7 +214,7 @@ class Lowering:
                 self.found[-1].scale, query, key, value, _as_bias(padding, bias)
             )
         return _multi_head_attention(
-            self.found[-1].scale, query, _merge_heads(key), _merge_heads(value), padding, bias
+            self.found[-1].scale, query, merge_heads(key), merge_heads(value), padding, bias
         )
 
     def _whose(self, key: Tensor) -> tuple[Role, int, Tensor]:
@@ -272,31 +242,20 @@ class Lowering:
             return torch.zeros_like(query).transpose(1, 2)
         assert self.step is not None
         past_key, past_value = self.step.keys[call.layer], self.step.values[call.layer]
-        size = past_key.shape[3]
-        batch, heads, sequence, wanted = query.shape
+        size, wanted = past_key.shape[3], query.shape[3]
         q, k, v = (_fit(one, size) for one in (query, fresh_key, fresh_value))
         if "self" in self._plain:
             return _fit(self._attend_plainly(call, q, k, v, bias), wanted)
-        inputs: list[Tensor | None] = [
-            *(_merge_heads(one) for one in (q, k, v)),
-            past_key,
-            past_value,
-            self.step.seqlens_k,
-            self.step.total,
-        ]
-        if bias is not None:
-            # cos_cache, sin_cache and position_ids come before it.
-            inputs += [None, None, None, bias]
-        output, present_key, present_value = ops.symbolic_multi_out(
-            "com.microsoft::GroupQueryAttention",
-            inputs,
-            {"num_heads": heads, "kv_num_heads": heads, "scale": call.scale},
-            dtypes=(query.dtype, past_key.dtype, past_value.dtype),
-            shapes=((batch, sequence, heads * size), past_key.shape, past_value.shape),
-            version=1,
+        output, self.presents[call.layer] = group_query_attention(
+            q,
+            k,
+            v,
+            (past_key, past_value),
+            (self.step.seqlens_k, self.step.total),
+            {"scale": call.scale},
+            bias=bias,
         )
-        self.presents[call.layer] = (present_key, present_value)
-        return _fit(output.view(batch, sequence, heads, size), wanted)
+        return _fit(output, wanted)
 
     def _attend_plainly(
         self, call: Attention, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None
@@ -416,10 +375,8 @@ def _multi_head_attention(
     """
     batch, heads, sequence, size = query.shape
     # The bias of the projections comes before these two.
-    optional = [None, padding, bias]
-    while optional and optional[-1] is None:
-        optional.pop()
-    merged = _merge_heads(query)
+    optional = without_last_nones(None, padding, bias)
+    merged = merge_heads(query)
     output: Tensor = ops.symbolic(
         "com.microsoft::MultiHeadAttention",
         [merged, key, value, *optional],
@@ -466,34 +423,6 @@ def _updated(past: Tensor, fresh: Tensor, positions: Tensor) -> Tensor:
     return torch.where(inside, fresh.gather(2, wanted), past)
 
 
-active: list[Lowering] = []
-"""The forwards under replacement; the last one is asked."""
-
-
-def _attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Any,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **arguments: Any,
-) -> tuple[Tensor, None]:
-    lowering = active[-1]
-    return lowering.attend(module, query, key, value, attention_mask, scaling, arguments), None
-
-
-def _mask(
-    *_: Any, mask_function: Callable[..., Any], attention_mask: Tensor | None = None, **__: Any
-) -> Causal | Padding:
-    return active[-1].mask(mask_function, attention_mask)
-
-
-AttentionInterface.register(IMPLEMENTATION, _attention)
-AttentionMaskInterface.register(IMPLEMENTATION, _mask)
-
-
 def _require_same(name: str, layer: int, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
     for fresh, given in pairs:
         if not torch.equal(_fit(fresh, given.shape[3]), given):
@@ -508,12 +437,6 @@ def _fit(states: Tensor, size: int) -> Tensor:
     if have == size:
         return states
     return nn.functional.pad(states, (0, size - have)) if have < size else states[..., :size]
-
-
-def _merge_heads(states: Tensor) -> Tensor:
-    """`[batch, heads, sequence, size]` as `[batch, sequence, heads * size]`."""
-    batch, heads, sequence, size = states.shape
-    return states.transpose(1, 2).reshape(batch, sequence, heads * size)
 
 
 def refusal(reason: str) -> InputError:

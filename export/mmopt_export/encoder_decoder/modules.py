@@ -8,11 +8,13 @@ from torch import Tensor, nn
 from transformers import GenerationMixin
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
+from mmopt_export.caches import fill_presents, read_row
 from mmopt_export.checkpoint import quiet_transformers
 from mmopt_export.encoder_decoder.lowering import GraphCache, Lowering, Role, Step
-from mmopt_export.encoder_decoder.replacements import attention_implementation, lowered
+from mmopt_export.encoder_decoder.replacements import lowered
 from mmopt_export.encoder_decoder.seq2seq import FRAMES, IDS, LOGITS, MASK, cross_names
-from mmopt_export.encoder_decoder.survey import Survey, cache_argument, call, projections
+from mmopt_export.encoder_decoder.survey import Survey, call, projections
+from mmopt_export.lowering import attention_implementation, cache_name
 from mmopt_export.manifest import CacheMap
 from mmopt_export.runtime import Tensors
 
@@ -99,31 +101,16 @@ class EagerDecoder(nn.Module):
         with torch.no_grad(), attention_implementation(self.model, "eager"):
             rows = [self._row(inputs, row) for row in range(len(inputs[IDS]))]
         capacity = max(inputs[self.cache.layers[0][0]].shape[2], inputs[MASK].shape[1])
-        outputs = {LOGITS: torch.stack([logits for logits, _ in rows])}
-        for layer, (_, _, key, value) in enumerate(self.cache.layers):
-            shape = (len(rows), self.cache.heads, capacity, self.cache.head_size)
-            outputs |= {key: torch.zeros(shape), value: torch.zeros(shape)}
-            for row, (_, cache) in enumerate(rows):
-                held = cache.self_attention_cache.layers[layer]
-                _, _, tokens, size = held.keys.shape
-                outputs[key][row, :, :tokens, :size] = held.keys[0]
-                outputs[value][row, :, :tokens, :size] = held.values[0]
-        return outputs
+        held = [cache.self_attention_cache for _, cache in rows]
+        filled = fill_presents(self.cache, held, capacity)
+        return {LOGITS: torch.stack([logits for logits, _ in rows]), **filled}
 
     def _row(self, inputs: dict[str, Tensor], row: int) -> tuple[Tensor, EncoderDecoderCache]:
         ids, mask = inputs[IDS][row], inputs[MASK][row]
         fresh = mask[len(mask) - len(ids) :].bool()
         past = int(mask.sum() - fresh.sum())
-        size = self.found.own[0].head_size
         one = slice(row, row + 1)
-        held = DynamicCache(
-            [
-                (inputs[key][one, :, :past, :size], inputs[value][one, :, :past, :size])
-                for key, value, _, _ in self.cache.layers
-            ]
-            if past
-            else None
-        )
+        held = read_row(self.cache, inputs, row, past, self.found.own[0].head_size)
         cross = [
             (inputs[key][one], inputs[value][one])
             for key, value in cross_names(len(self.found.cross))
@@ -195,7 +182,7 @@ def greedy(model: Any, feeds: Tensors, prompts: Sequence[Sequence[int]], most: i
         sequences: Tensor = GenerationMixin.generate(
             model,
             **{name: torch.from_numpy(value) for name, value in feeds.items()},
-            **{cache_argument(model): EncoderDecoderCache(DynamicCache(), DynamicCache())},
+            **{cache_name(model): EncoderDecoderCache(DynamicCache(), DynamicCache())},
             decoder_input_ids=torch.tensor(prompts),
             max_new_tokens=most,
             num_beams=1,

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmopt_export.caches import new_cache_map, padded, pasts, presents, valid_presents
 from mmopt_export.encoder_decoder.modules import (
     EagerDecoder,
     EagerEncoder,
@@ -96,20 +97,7 @@ def encoder_decoder_parts(
     """
     found = survey(model, encoder.inputs)
     heads, layers = found.own[0].heads, len(found.own)
-    cache = CacheMap(
-        layers=tuple(
-            (
-                f"past_key_values.{layer}.key",
-                f"past_key_values.{layer}.value",
-                f"present.{layer}.key",
-                f"present.{layer}.value",
-            )
-            for layer in range(layers)
-        ),
-        heads=heads,
-        head_size=found.head_size,
-        dtype="float32",
-    )
+    cache = new_cache_map(layers, heads, found.head_size)
     cross = [name for pair in cross_names(layers) for name in pair]
     oracle = EagerEncoder(model, found).eval()
     encoder_part = Part(
@@ -129,8 +117,6 @@ def encoder_decoder_parts(
     )
     decoder_oracle = EagerDecoder(model, found, cache).eval()
     batches = _Batches(model, found, cache, oracle, decoder_oracle, encoder, prompt, longest)
-    pasts = [past for layer in cache.layers for past in layer[:2]]
-    presents = [present for layer in cache.layers for present in layer[2:]]
     size = found.cross[0].head_size
     # torch.export takes 0 and 1 for constants, and equal sizes for one symbol.
     example = {
@@ -138,27 +124,27 @@ def encoder_decoder_parts(
         MASK: torch.ones(2, 7, dtype=torch.int64),
         **({FRAMES: torch.ones(2, 5, dtype=torch.int64)} if found.masked else {}),
         **{name: torch.zeros(2, heads, 5, size) for name in cross},
-        **{name: torch.zeros(2, heads, 11, cache.head_size) for name in pasts},
+        **{name: torch.zeros(2, heads, 11, cache.head_size) for name in pasts(cache)},
     }
     axes = {
         IDS: {0: "batch", 1: "sequence"},
         MASK: {0: "batch", 1: "total"},
         **({FRAMES: {0: "batch", 1: "frames"}} if found.masked else {}),
         **{name: {0: "batch", 2: "frames"} for name in cross},
-        **{name: {0: "batch", 2: "capacity"} for name in pasts},
+        **{name: {0: "batch", 2: "capacity"} for name in pasts(cache)},
     }
     decoder_part = Part(
         name=DECODER,
         module=decoder_oracle,
         inputs=example,
         axes=axes,
-        outputs=(LOGITS, *presents),
+        outputs=(LOGITS, *presents(cache)),
         samples=batches,
         limits={"sequence": longest, "total": longest} if longest else {},
         scores=(LOGITS,),
         tracer=trace_part,
         kind="decoder",
-        reference=lambda feeds: _some(decoder_oracle, presents, feeds),
+        reference=lambda feeds: _some(decoder_oracle, presents(cache), feeds),
         valid=lambda feeds: _valid_rows(cache, feeds),
         lowered=LoweredDecoder(model, found, cache).eval(),
     )
@@ -196,9 +182,7 @@ def _valid_rows(cache: CacheMap, feeds: Tensors) -> Tensors:
     """`Part.valid` of a decoder: of the buffers the rows up to each row's tokens."""
     mask = feeds[MASK]
     capacity = max(feeds[cache.layers[0][0]].shape[2], mask.shape[1])
-    held = np.arange(capacity) < mask.sum(axis=1)[:, None]
-    held = np.broadcast_to(held[:, None], (len(mask), cache.heads, capacity))
-    return {present: held for layer in cache.layers for present in layer[2:]}
+    return valid_presents(cache, mask.sum(axis=1), capacity)
 
 
 class _Batches:
@@ -235,8 +219,8 @@ class _Batches:
         for kind, lengths, new in (
             ("prefill", [0], [[1] * most]),
             ("prefill", [0, 0], [[1] * 2] * 2),
-            ("prefill-right", [0] * 3, _padded([most, 1, most // 2], "right")),
-            ("prefill-left", [0] * 3, _padded([1, most, most // 2], "left")),
+            ("prefill-right", [0] * 3, padded([most, 1, most // 2], "right")),
+            ("prefill-left", [0] * 3, padded([1, most, most // 2], "left")),
             ("decode", [most], [[1]]),
             ("decode-ragged", [1, most, most // 2], [[1]] * 3),
             # One row only: with more, ONNX Runtime's CPU kernel refuses several tokens after a
@@ -271,11 +255,7 @@ class _Batches:
     def _buffers(self, shape: tuple[int, ...]) -> Tensors:
         """Empty ones for rows of so many tokens: attention in standard ops wants room for all."""
         size = (shape[0], self.cache.heads, shape[1] + 2, self.cache.head_size)
-        return {
-            name: np.zeros(size, dtype=np.float32)
-            for layer in self.cache.layers
-            for name in layer[:2]
-        }
+        return {name: np.zeros(size, dtype=np.float32) for name in pasts(self.cache)}
 
     def _encoded(self) -> dict[str, Tensor]:
         """The keys and values of one row of the encoder's longest random sample."""
@@ -288,7 +268,7 @@ class _Batches:
     def _feeds(self, encoded: dict[str, Tensor], lengths: list[int], new: Any) -> Tensors:
         fresh = np.asarray(new, dtype=np.int64)
         rows, sequence = fresh.shape
-        past = np.asarray(_padded(lengths, "left"), dtype=np.int64).reshape(rows, -1)
+        past = np.asarray(padded(lengths, "left"), dtype=np.int64).reshape(rows, -1)
         seed = int(past.sum() + fresh.sum()) + sequence
         generator = np.random.default_rng(seed)
         feeds = {name: _frames(value, rows) for name, value in encoded.items()}
@@ -331,9 +311,3 @@ def _frames(encoded: Tensor, rows: int) -> Any:
     count = min(_SAMPLE_FRAMES, have)
     starts = [row * count % max(have - count, 1) for row in range(rows)]
     return np.concatenate([encoded[:, :, one : one + count].numpy() for one in starts])
-
-
-def _padded(lengths: list[int], side: str) -> list[list[int]]:
-    most = max(lengths)
-    rows = [([1] * length, [0] * (most - length)) for length in lengths]
-    return [real + pad if side == "right" else pad + real for real, pad in rows]

@@ -12,40 +12,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmopt_export.encoder_decoder.lowering import IMPLEMENTATION, Lowering, Step, active
+from mmopt_export.encoder_decoder.lowering import Lowering, Step
+from mmopt_export.lowering import answered_by, last_tokens
 
 
 @contextlib.contextmanager
 def lowered(model: Any, lowering: Lowering) -> Iterator[None]:
     """Replace what the model looks up while it runs, and put it back."""
     with contextlib.ExitStack() as stack:
-        stack.enter_context(attention_implementation(model, IMPLEMENTATION))
         if lowering.cache is not None:
             stack.enter_context(_last_token_head(model, lowering))
             if lowering.step is not None:
                 stack.enter_context(_row_positions(model, lowering.step))
         else:
             stack.enter_context(_plain_memory(model.get_encoder()))
-        active.append(lowering)
-        stack.callback(active.pop)
+        stack.enter_context(answered_by(lowering, model))
         yield
-
-
-@contextlib.contextmanager
-def attention_implementation(model: nn.Module, name: str) -> Iterator[None]:
-    """Set the attention of every configuration in the model, directly: the setter would look for
-    kernels of that name."""
-    configs: dict[int, Any] = {
-        id(one.config): one.config for one in model.modules() if hasattr(one, "config")
-    }
-    before = {key: one._attn_implementation for key, one in configs.items()}
-    for one in configs.values():
-        one._attn_implementation = name
-    try:
-        yield
-    finally:
-        for key, one in configs.items():
-            one._attn_implementation = before[key]
 
 
 @contextlib.contextmanager
@@ -54,11 +36,7 @@ def _last_token_head(model: Any, lowering: Lowering) -> Iterator[None]:
 
     def choose(_: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor]:
         lowering.heads += 1
-        hidden: Tensor = args[0]
-        if lowering.step is None:
-            return (hidden[:, -1:],)
-        index = lowering.step.last.view(-1, 1, 1).expand(-1, 1, hidden.shape[2])
-        return (hidden.gather(1, index),)
+        return (last_tokens(args[0], None if lowering.step is None else lowering.step.last),)
 
     handle = model.get_output_embeddings().register_forward_pre_hook(choose)
     try:

@@ -1,4 +1,4 @@
-"""How transformers' generation settings bind greedy decoding. NumPy only."""
+"""How transformers' generation settings bind greedy decoding. Needs no torch."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mmopt_export.generation import penalize
 from mmopt_kernels.errors import InputError
 
 Floats = npt.NDArray[np.float32]
@@ -100,11 +101,7 @@ class Rules:
         return scores
 
     def _repetition(self, scores: Floats, tokens: Sequence[int]) -> None:
-        if self.repetition_penalty != 1:
-            seen = np.unique(np.asarray(tokens, dtype=np.int64))
-            old = scores[seen]
-            penalty = np.float32(self.repetition_penalty)
-            scores[seen] = np.where(old < 0, old * penalty, old / penalty)
+        penalize(scores, tokens, self.repetition_penalty)
         if size := self.no_repeat_ngram_size:
             before = tuple(tokens[len(tokens) - size + 1 :]) if size > 1 else ()
             for start in range(len(tokens) - size + 1):

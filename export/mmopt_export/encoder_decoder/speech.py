@@ -5,7 +5,7 @@ transcribed by themselves: nothing is carried from one to the next, and a word o
 lost. Cut at silence before, where that matters.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mmopt_export.encoder_decoder.features import log_mel
-from mmopt_export.encoder_decoder.seq2seq import Floats, Process, Seq2Seq, generation_settings
-from mmopt_export.encoder_decoder.text import OnText, Stream, load_tokenizer
+from mmopt_export.encoder_decoder.seq2seq import Floats, Process, Seq2Seq
+from mmopt_export.encoder_decoder.text import OnText, Opened, Stream
 from mmopt_export.preprocessing import process_sounds
 from mmopt_export.runtime import Runner, Tensors
 from mmopt_kernels.errors import InputError
@@ -56,30 +56,20 @@ class _Window:
     samples: Floats
 
 
-class Transcriber:
-    """An encoder-decoder artifact for speech.
-
-    Args:
-        artifact: a folder that `mmopt export` wrote, or an opened one.
-        threads: intra-op threads; None takes every core that this process may use.
-
-    Raises:
-        InputError: the folder is not an artifact, or of another kind.
-        CheckFailedError: its parity check had failed, or a file differs from the manifest.
-        MmoptError: ONNX Runtime is missing or older than the artifact needs.
-    """
+class Transcriber(Opened):
+    """An encoder-decoder artifact for speech; opened as `Opened` says."""
 
     def __init__(self, artifact: Path | Runner, *, threads: int | None = None) -> None:
-        self.runner = (
-            artifact if isinstance(artifact, Runner) else Runner(artifact, threads=threads)
-        )
-        self.graphs = Seq2Seq.of(self.runner)
+        super().__init__(artifact, threads=threads)
         manifest = self.runner.manifest
-        self.speech = Speech(
-            self.graphs, generation_settings(manifest), manifest.preprocessing["audio"]
-        )
-        self.sampling_rate: int = manifest.preprocessing["audio"]["sampling_rate"]
-        self.tokenizer = load_tokenizer(self.runner.path)
+        audio = manifest.preprocessing.get("audio")
+        if audio is None:
+            raise InputError(
+                f"{manifest.name} reads texts, expected a model for speech. Open it with "
+                "TextGenerator."
+            )
+        self.speech = Speech(self.graphs, self.settings, audio)
+        self.sampling_rate: int = audio["sampling_rate"]
 
     def transcribe(
         self,
@@ -193,9 +183,7 @@ class Speech:
 
     def features(self, sounds: Sequence[Floats]) -> Tensors:
         """The encoder's inputs for windows."""
-        if "bins" in self.audio:
-            return {"input_features": log_mel(sounds, self.audio)}
-        return process_sounds(sounds, self.audio)
+        return encoder_inputs(sounds, self.audio)
 
     def says(self, token: int) -> bool:
         """Whether a token is text and not a time."""
@@ -320,6 +308,13 @@ class Speech:
             prompt=prompt,
             latest=self.prompts["latest_first_time"],
         )
+
+
+def encoder_inputs(sounds: Sequence[Floats], audio: Mapping[str, Any]) -> Tensors:
+    """What an encoder reads of sounds: samples, or where `audio` has `bins` log-mel features."""
+    if "bins" in audio:
+        return {"input_features": log_mel(sounds, audio)}
+    return process_sounds(sounds, audio)
 
 
 @dataclass(frozen=True)

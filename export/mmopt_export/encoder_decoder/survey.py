@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache
 
 from mmopt_export.encoder_decoder.lowering import Attention, GraphCache, Lowering, refusal
 from mmopt_export.encoder_decoder.replacements import layers_of, lowered
-from mmopt_kernels.errors import MmoptError, one_line
+from mmopt_export.lowering import cache_name, refusing
 
 # GroupQueryAttention wants heads of a multiple of this size; smaller ones are filled with zeros.
 _HEAD_MULTIPLE = 8
@@ -69,20 +69,13 @@ def survey(model: Any, inputs: dict[str, Tensor]) -> Survey:
     cache = GraphCache(layers)
     decoder = Lowering(name, cache=cache, surveys=True)
     batch = next(iter(inputs.values())).shape[0]
-    try:
-        with torch.no_grad():
-            with lowered(model, encoder):
-                states = model.get_encoder()(**inputs, return_dict=True)
-            with lowered(model, decoder):
-                ids = torch.zeros(batch, 2, dtype=torch.int64)
-                call(model, states, inputs.get("attention_mask"), ids, cache)
-    except (TypeError, AttributeError, ValueError, IndexError, RuntimeError) as error:
-        if isinstance(error, MmoptError):
-            raise
-        raise refusal(
-            f"{name} does not run as an encoder and a decoder with a shared cache "
-            f"({type(error).__name__}: {one_line(error)})"
-        ) from error
+    what = f"{name} does not run as an encoder and a decoder with a shared cache"
+    with torch.no_grad(), refusing(refusal, what):
+        with lowered(model, encoder):
+            states = model.get_encoder()(**inputs, return_dict=True)
+        with lowered(model, decoder):
+            ids = torch.zeros(batch, 2, dtype=torch.int64)
+            call(model, states, inputs.get("attention_mask"), ids, cache)
     found = Survey(
         cross=[one for one in decoder.found if one.role == "cross"],
         own=[one for one in decoder.found if one.role == "self"],
@@ -176,7 +169,7 @@ def call(
         positions: of the ids, where the model takes them.
     """
     known = inspect.signature(model.forward).parameters
-    arguments: dict[str, Any] = {cache_argument(model): cache}
+    arguments: dict[str, Any] = {cache_name(model): cache}
     if positions is not None and "decoder_position_ids" in known:
         arguments["decoder_position_ids"] = positions
     if mask is not None:
@@ -189,12 +182,6 @@ def call(
         **arguments,
     ).logits
     return logits
-
-
-def cache_argument(model: Any) -> str:
-    """What this transformers calls the cache of a model's forward."""
-    known = inspect.signature(model.forward).parameters
-    return "cache" if "cache" in known else "past_key_values"
 
 
 def _require_positions(model: Any) -> None:

@@ -13,8 +13,8 @@ OnText = Callable[[int, str], None]
 """Called with the number of an input and what was added to its text."""
 
 
-class TextGenerator:
-    """An encoder-decoder artifact for text.
+class Opened:
+    """An encoder-decoder artifact with its tokenizer, ready to generate.
 
     Args:
         artifact: a folder that `mmopt export` wrote, or an opened one.
@@ -31,8 +31,21 @@ class TextGenerator:
             artifact if isinstance(artifact, Runner) else Runner(artifact, threads=threads)
         )
         self.graphs = Seq2Seq.of(self.runner)
-        self.tokenizer = load_tokenizer(self.runner.path)
-        self._start = generation_settings(self.runner.manifest)["start"]
+        self.settings = generation_settings(self.runner.manifest)
+        self.tokenizer = _load_tokenizer(self.runner.path)
+
+
+class TextGenerator(Opened):
+    """An encoder-decoder artifact for text; opened as `Opened` says."""
+
+    def __init__(self, artifact: Path | Runner, *, threads: int | None = None) -> None:
+        super().__init__(artifact, threads=threads)
+        manifest = self.runner.manifest
+        if "audio" in manifest.preprocessing:
+            raise InputError(
+                f"{manifest.name} reads sounds, expected a model for text. Open it with "
+                "Transcriber."
+            )
 
     def generate(
         self,
@@ -66,7 +79,7 @@ class TextGenerator:
             stream = Stream(self.tokenizer, chosen, on_text) if on_text is not None else None
             rows = self.graphs.generate(
                 self.graphs.encode(feeds),
-                [[self._start]] * len(chosen),
+                [[self.settings["start"]]] * len(chosen),
                 max_new_tokens=max_new_tokens,
                 rules=rules,
                 on_tokens=stream,
@@ -131,7 +144,7 @@ class Stream:
             self._said[row] = text
 
 
-def load_tokenizer(artifact: Path) -> Any:
+def _load_tokenizer(artifact: Path) -> Any:
     """The artifact's tokenizer, of the `tokenizers` library.
 
     Raises:

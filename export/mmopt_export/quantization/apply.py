@@ -26,13 +26,13 @@ from mmopt_export.quantization.measuring import (
     require_samples,
     sensitivities,
 )
-from mmopt_export.quantization.recipe import Recipe
+from mmopt_export.quantization.recipe import NothingToQuantizeError, Recipe
 from mmopt_export.quantization.rewrites import rewrite_for_cpu
 from mmopt_export.quantization.static import quantize_static, quiet
 from mmopt_export.quantization.storage import Group, load, save
 from mmopt_export.quantization.weights import Weight, name_nodes
 from mmopt_export.runtime import Tensors
-from mmopt_kernels.errors import InputError, MmoptError
+from mmopt_kernels.errors import InputError
 
 
 def quantize(
@@ -55,7 +55,8 @@ def quantize(
     Raises:
         InputError: no samples where they are needed, an unknown node in the recipe, `source` is
             no ONNX file or is `output`.
-        MmoptError: the graph has nothing to quantize, or ONNX Runtime cannot run it.
+        NothingToQuantizeError: the graph has no weight that the recipe is for.
+        MmoptError: ONNX Runtime cannot run the graph.
     """
     if source.resolve() == output.resolve():
         raise InputError(f"{output} is the source itself, expected another file.")
@@ -91,7 +92,8 @@ def layer_sensitivities(
 
     Raises:
         InputError: no samples.
-        MmoptError: the graph has nothing to quantize, or ONNX Runtime cannot run it.
+        NothingToQuantizeError: the graph has no weight that the recipe is for.
+        MmoptError: ONNX Runtime cannot run the graph.
     """
     require_samples(feeds, "the sensitivity of layers")
     model = load(source)
@@ -192,10 +194,6 @@ _METHODS: dict[str, Callable[[onnx_ir.Model, Path, Recipe, Sequence[Tensors]], d
     "dynamic": _dynamic,
     "weights": _weights,
 }
-
-
-class NothingToQuantizeError(MmoptError):
-    """The graph has no weight that the recipe is for."""
 
 
 def _require_something(

@@ -1,6 +1,7 @@
 """`auto`: the narrowest recipe that meets an accuracy budget, with its worst layers wider."""
 
 import math
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from mmopt_export.quantization.measuring import (
     require_samples,
     run_all,
 )
-from mmopt_export.quantization.recipe import Recipe, with_wider
+from mmopt_export.quantization.recipe import NothingToQuantizeError, Recipe, with_wider
 from mmopt_export.quantization.storage import Array
 from mmopt_export.runtime import Tensors, open_session
 from mmopt_kernels.errors import InputError, MmoptError
@@ -25,9 +26,11 @@ Metric = Callable[[Callable[[Tensors], Tensors]], float]
 
 @dataclass(frozen=True)
 class _Tried:
-    recipe: Recipe
-    error: float
+    """What a recipe gave: how much is lost, the record of `quantize`, and that of the trial."""
+
+    loss: float
     record: dict[str, Any]
+    trial: dict[str, Any]
 
 
 def choose(
@@ -73,23 +76,25 @@ def choose(
         raise InputError("auto has no candidates, expected at least one recipe.")
     if not (budget >= 0 and math.isfinite(budget)):
         raise InputError(f"--max-drop {budget} is no budget, expected zero or more.")
-    search = _Search(source, output.parent, feeds, expected, budget, metric, provider, threads)
-    chosen: _Tried | None = None
-    for recipe in candidates[:-1]:
-        chosen = search.fit(recipe)
-        if chosen is not None:
-            break
-    if chosen is None:
-        chosen = search.try_one(candidates[-1])
-    record = quantize(source, output, chosen.recipe, feeds)
-    chosen.record["chosen"] = True
-    record["auto"] = {
-        "budget": budget,
-        "measure": "relative output error" if metric is None else "drop of the metric",
-        "met": chosen.error <= budget,
-        "trials": search.trials,
+    with tempfile.TemporaryDirectory(dir=output.parent) as scratch:
+        search = _Search(
+            source, Path(scratch), output.name, feeds, expected, budget, metric, provider, threads
+        )
+        fitting = (search.fit(recipe) for recipe in candidates[:-1])
+        chosen = next((tried for tried in fitting if tried is not None), None)
+        if chosen is None:
+            chosen = search.try_one(candidates[-1], last=True)
+        for file in search.best.iterdir():
+            file.replace(output.with_name(file.name))
+    chosen.trial["chosen"] = True
+    return chosen.record | {
+        "auto": {
+            "budget": budget,
+            "measure": "relative output error" if metric is None else "drop of the metric",
+            "met": chosen.loss <= budget,
+            "trials": search.trials,
+        }
     }
-    return record
 
 
 class _Search:
@@ -97,6 +102,7 @@ class _Search:
         self,
         source: Path,
         folder: Path,
+        name: str,
         feeds: Sequence[Tensors],
         expected: Sequence[Mapping[str, Array]] | None,
         budget: float,
@@ -104,7 +110,8 @@ class _Search:
         provider: str,
         threads: int | None,
     ) -> None:
-        self.source, self.folder, self.feeds = source, folder, feeds
+        self.source, self.folder, self.name, self.feeds = source, folder, name, feeds
+        self.best = folder / "best"
         self.budget, self.metric = budget, metric
         self.provider, self.threads = provider, threads
         self.trials: list[dict[str, Any]] = []
@@ -117,32 +124,39 @@ class _Search:
             if metric is not None:
                 self.base = metric(lambda batch: run_all(session, [batch])[0])
 
-    def try_one(self, recipe: Recipe) -> _Tried:
-        """Quantize, measure, and note it down."""
-        with tempfile.TemporaryDirectory(dir=self.folder) as scratch:
-            path = Path(scratch) / "trial.onnx"
-            quantize(self.source, path, recipe, self.feeds)
-            size = sum(file.stat().st_size for file in Path(scratch).iterdir())
-            session = open_session(path, provider=self.provider, threads=self.threads)
-            assert self.expected is not None
-            actual = run_all(session, self.feeds)
-            names = set(self.expected[0]) & set(actual[0])
-            error = relative_error(
-                [{name: batch[name] for name in sorted(names)} for batch in self.expected], actual
-            )
-            drop = None
-            if self.metric is not None:
-                drop = self.base - self.metric(lambda batch: run_all(session, [batch])[0])
-            record = {
-                "recipe": recipe.record(),
-                "bytes": size,
-                "milliseconds": latency_ms(session, self.feeds[0]),
-                "relative_error": error if math.isfinite(error) else None,
-                "metric_drop": drop,
-                "chosen": False,
-            }
-        self.trials.append(record)
-        return _Tried(recipe, error if drop is None else drop, record)
+    def try_one(self, recipe: Recipe, *, last: bool = False) -> _Tried:
+        """Quantize, measure, and note it down.
+
+        `best` is kept: the latest that meets the budget, or the `last`.
+        """
+        made = self.folder / "trial"
+        made.mkdir(exist_ok=True)
+        path = made / self.name
+        record = quantize(self.source, path, recipe, self.feeds)
+        session = open_session(path, provider=self.provider, threads=self.threads)
+        assert self.expected is not None
+        actual = run_all(session, self.feeds)
+        names = set(self.expected[0]) & set(actual[0])
+        error = relative_error(
+            [{name: batch[name] for name in sorted(names)} for batch in self.expected], actual
+        )
+        drop = None
+        if self.metric is not None:
+            drop = self.base - self.metric(lambda batch: run_all(session, [batch])[0])
+        trial = {
+            "recipe": recipe.record(),
+            "bytes": sum(file.stat().st_size for file in made.iterdir()),
+            "milliseconds": latency_ms(session, self.feeds[0]),
+            "relative_error": error if math.isfinite(error) else None,
+            "metric_drop": drop,
+            "chosen": False,
+        }
+        self.trials.append(trial)
+        tried = _Tried(error if drop is None else drop, record, trial)
+        if last or tried.loss <= self.budget:
+            shutil.rmtree(self.best, ignore_errors=True)
+            made.rename(self.best)
+        return tried
 
     def fit(self, recipe: Recipe) -> _Tried | None:
         """`recipe` with as few matmuls wider as the budget asks; None where half are too few."""
@@ -154,22 +168,25 @@ class _Search:
             # Nothing to quantize: the next one may have.
             self.trials.append({"recipe": recipe.record(), "failed": str(error), "chosen": False})
             return None
-        if plain.error <= self.budget:
+        if plain.loss <= self.budget:
             return plain
         if recipe.method not in ("dynamic", "weights"):
             return None
-        ratios = layer_sensitivities(self.source, self.folder, recipe, self.feeds)
-        plain.record["sensitivities"] = ratios
+        try:
+            ratios = layer_sensitivities(self.source, self.folder, recipe, self.feeds)
+        except NothingToQuantizeError:
+            return None  # tables alone, which cannot be wider
+        plain.trial["sensitivities"] = ratios
         # Ties go by name, so that the choice repeats.
         order = sorted(ratios, key=lambda name: (-ratios[name], name))
         low, high = 0, (len(order) + 1) // 2
         best = self.try_one(with_wider(recipe, tuple(order[:high])))
-        if best.error > self.budget:
+        if best.loss > self.budget:
             return None
         while high - low > 1:
             middle = (low + high) // 2
             trial = self.try_one(with_wider(recipe, tuple(order[:middle])))
-            if trial.error <= self.budget:
+            if trial.loss <= self.budget:
                 best, high = trial, middle
             else:
                 low = middle

@@ -144,7 +144,6 @@ class _Conversion:
         self.graph, self.floats, self.type = graph, floats, _TYPES[floats]
         self.wide: set[onnx_ir.Value] = set()
         self.casts: dict[tuple[onnx_ir.Value, bool], onnx_ir.Value] = {}
-        self.originals: dict[onnx_ir.Value, onnx_ir.TensorProtocol] = {}
 
     def run(self) -> dict[str, Any]:
         graph = self.graph
@@ -184,9 +183,7 @@ class _Conversion:
         for value in floating - self.wide:
             value.dtype = self.type
         for index, value in enumerate(list(graph.outputs)):
-            if value not in floating or value in self.wide:
-                continue
-            if value in caches:
+            if value not in floating or value in self.wide or value in caches:
                 continue
             name = value.name
             value.name = f"{name}_{self.floats}"

@@ -7,7 +7,6 @@ without zero points. A last block that K does not fill is filled with zeros.
 """
 
 import numpy as np
-import numpy.typing as npt
 
 from mmopt_export.quantization.storage import Array
 from mmopt_kernels.errors import MmoptError
@@ -144,17 +143,6 @@ def pack(values: Array, scales: Array, zeros: Array, bits: int) -> Blocks:
     )
 
 
-def unpack(blocks: Blocks, k: int, bits: int, symmetric: bool) -> npt.NDArray[np.float64]:
-    """What the packed weight is worth, `[K, N]` in fp64."""
-    integers, scales, zeros = blocks
-    q = _whole(integers, bits)
-    n, count = scales.shape
-    zero: Array = np.full((n, count), 2 ** (bits - 1)) if symmetric else _whole(zeros, bits)
-    values = scales[..., None].astype(np.float64) * (q.astype(np.float64) - zero[:, :count, None])
-    dense: npt.NDArray[np.float64] = np.ascontiguousarray(values.reshape(n, -1)[:, :k].T)
-    return dense
-
-
 def _in_blocks(w: Array, block: int) -> Array:
     k, n = w.shape
     blocks: Array = np.pad(w, ((0, -k % block), (0, 0))).T.reshape(n, -1, block)
@@ -169,10 +157,3 @@ def _nibbles(values: Array, bits: int) -> Array:
         values = np.concatenate([values, np.zeros_like(values[..., :1])], axis=-1)
     packed: Array = (values[..., 0::2] | (values[..., 1::2] << 4)).astype(np.uint8)
     return packed
-
-
-def _whole(values: Array, bits: int) -> Array:
-    if bits == 8:
-        return values
-    halves: Array = np.stack([values & 15, values >> 4], axis=-1)
-    return halves.reshape(*values.shape[:-1], -1)

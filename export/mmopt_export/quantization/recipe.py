@@ -4,12 +4,16 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from mmopt_export.providers import Target
-from mmopt_kernels.errors import InputError
+from mmopt_kernels.errors import InputError, MmoptError
 
 METHODS = ("none", "half", "dynamic", "static", "weights")
 ALGORITHMS = ("rtn", "hqq", "gptq")
 CALIBRATIONS = ("minmax", "entropy", "percentile")
 FLOATS = ("fp32", "fp16", "bf16")
+
+
+class NothingToQuantizeError(MmoptError):
+    """The graph has no weight that the recipe is for."""
 
 
 @dataclass(frozen=True)

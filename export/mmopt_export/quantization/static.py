@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from mmopt_export.quantization.recipe import Recipe
+from mmopt_export.quantization.recipe import NothingToQuantizeError, Recipe
 from mmopt_export.quantization.storage import load, save
 from mmopt_export.runtime import Tensors
-from mmopt_kernels.errors import InputError, MmoptError
+from mmopt_kernels.errors import InputError
 
 OPS = ("Conv", "Gemm", "MatMul")
+_NOTHING = "int8 quantization changed nothing: no convolution has a constant."
 # The tool keeps the whole model in one protobuf, which cannot be larger.
 LIMIT_BYTES = 2 << 30
 
@@ -22,7 +23,7 @@ LIMIT_BYTES = 2 << 30
 def quantize_static(
     source: Path, output: Path, recipe: Recipe, feeds: Sequence[Tensors]
 ) -> dict[str, Any]:
-    """Write `source` with int8 convolutions, Gemms and matmuls.
+    """Write `source` with int8 convolutions, Gemms and matmuls, as far as one side is constant.
 
     Weights are symmetric int8 with one scale per output channel; activations uint8 with one scale
     and zero point, found on `feeds`. uint8 with int8 is what the CPU's dot products take (VNNI).
@@ -30,7 +31,7 @@ def quantize_static(
 
     Raises:
         InputError: the graph is over 2 GB.
-        MmoptError: it has nothing to quantize.
+        NothingToQuantizeError: it has no weight to quantize.
     """
     from onnxruntime.quantization import (
         CalibrationMethod,
@@ -46,6 +47,16 @@ def quantize_static(
             f"{source} has {size / 1e9:.1f} GB, and static quantization takes 2 GB at most. "
             "Export it with --precision fp32."
         )
+    # MatMulConstBOnly says nothing to the tool under QDQ: attention would be quantized too.
+    chosen = [
+        str(node.name)
+        for node in load(source).graph
+        if node.op_type in OPS
+        and any(value is not None and value.const_value is not None for value in node.inputs[:2])
+        and node.name not in recipe.keep
+    ]
+    if not chosen:
+        raise NothingToQuantizeError(_NOTHING)
     with tempfile.TemporaryDirectory(dir=output.parent) as scratch, quiet():
         made = Path(scratch) / "static.onnx"
         quantize_static(
@@ -57,13 +68,12 @@ def quantize_static(
             per_channel=True,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
-            nodes_to_exclude=list(recipe.keep),
+            nodes_to_quantize=chosen,
             calibrate_method={
                 "minmax": CalibrationMethod.MinMax,
                 "entropy": CalibrationMethod.Entropy,
                 "percentile": CalibrationMethod.Percentile,
             }[recipe.calibration],
-            extra_options={"MatMulConstBOnly": True},
         )
         model = load(made)
         count = sum(
@@ -77,7 +87,7 @@ def quantize_static(
             for node in model.graph
         )
         if not count:
-            raise MmoptError("int8 quantization changed nothing: no convolution has a constant.")
+            raise NothingToQuantizeError(_NOTHING)
         save(model, output)
     return {
         "weights": "int8 symmetric per output channel",
@@ -119,13 +129,13 @@ class _Samples:
 def quiet() -> Iterator[None]:
     """The tools talk on the root logger, and one of them configures it when it is imported."""
     root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
+    handlers, level, disabled = list(root.handlers), root.level, root.manager.disable
     logging.disable(logging.WARNING)
     # The calibrators divide by the range of a histogram, which may be empty.
     with np.errstate(all="ignore"):
         try:
             yield
         finally:
-            logging.disable(logging.NOTSET)
+            logging.disable(disabled)
             root.handlers[:] = handlers
             root.setLevel(level)

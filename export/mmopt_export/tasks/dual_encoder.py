@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from mmopt_export.checkpoint import Checkpoint, resolve
 from mmopt_export.parity import RANDOM, Sample, StageParity, compare_samples
 from mmopt_export.parts import Part, Plan, Proof
-from mmopt_export.records import read_images
 from mmopt_export.runtime import MODEL_NAME, Tensors, open_session, run_graph
 from mmopt_export.tasks import image, text
 from mmopt_kernels.errors import InputError
@@ -68,11 +67,7 @@ def plan(checkpoint: Checkpoint, calibration: Path | None) -> Plan:
             f"the image processor of {name} gives pictures of any size, expected one size. Set a "
             "height and a width."
         )
-    records = (
-        read_images(calibration, image.IMAGE_COLUMN, limit=image.MAX_IMAGES, text="text")
-        if calibration is not None
-        else []
-    )
+    records = image.calibration_images(calibration, text="text")
     reader = _Texts(model, tokenizer)
     sides = processing.size
     vision = Part(
@@ -127,12 +122,12 @@ class _Texts:
         self._tokenizer = tokenizer
         self._config = model.config.text_config
         self.fixed = type(model).__name__ == "SiglipModel"
-        self.longest = text.longest_text(model.text_model, tokenizer)
         if self.fixed:
             self.longest = int(self._config.max_position_embeddings)
             given = tokenizer.model_input_names
             self.inputs = [name for name in ("input_ids", "attention_mask") if name in given]
         else:
+            self.longest = text.longest_text(model.text_model, tokenizer)
             self.inputs = text.text_inputs(model.text_model, tokenizer)
 
     def random(self, batch: int, length: int, *, seed: int = 0) -> Tensors:
@@ -159,15 +154,14 @@ class _Texts:
         """The batches of parity: random ids, then real texts."""
         for batch, length in ((1, 1), (1, 17), (3, 33), (2, self.longest)):
             yield RANDOM, self.random(batch, length)
-        for start in range(0, len(texts), 32):
-            encoded = self._tokenizer(
-                list(texts[start : start + 32]),
-                padding="max_length" if self.fixed else True,
-                truncation=True,
-                max_length=self.longest,
-                return_tensors="np",
+        for start in range(0, len(texts), text.BATCH):
+            chosen = texts[start : start + text.BATCH]
+            yield (
+                "text",
+                text.encode(
+                    self._tokenizer, chosen, self.inputs, longest=self.longest, fixed=self.fixed
+                ),
             )
-            yield "text", {name: encoded[name].astype(np.int64) for name in self.inputs}
 
 
 def _proof(

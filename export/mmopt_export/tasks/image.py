@@ -1,6 +1,5 @@
 """What the tasks that read images share: the processor's constants, its files, and samples."""
 
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,20 +9,19 @@ import torch
 import transformers
 from torch import Tensor
 
-from mmopt_export.checkpoint import quiet_transformers
 from mmopt_export.parity import RANDOM
 from mmopt_export.preprocessing import process_images, resample_name
 from mmopt_export.records import Record, read_images
 from mmopt_export.runtime import Tensors
-from mmopt_kernels.errors import InputError, MmoptError, one_line
+from mmopt_export.tasks import processors
+from mmopt_kernels.errors import InputError
 
 if TYPE_CHECKING:
     from PIL import Image
 
 IMAGE_COLUMN = "image"
-_FILES = ("preprocessor_config.json", "processor_config.json")
 _BATCH = 8
-MAX_IMAGES = 64  # that parity reads of the calibration file: 8 batches
+_MAX_IMAGES = 64  # that parity reads of the calibration file: 8 batches
 # Pillow gives the same values to one step of uint8 (and what float32 rounds). torchvision, which
 # transformers takes where it is installed, has bicubic weights of fewer bits.
 _STEPS = 2.02
@@ -48,7 +46,7 @@ class ImageProcessing:
             MmoptError: transformers lacks a library that it needs (exit 3).
         """
         self._folder = folder
-        processor = _load(folder)
+        processor = load_processor(folder)
         name = type(processor).__name__
         self.constants = _constants(processor, name, channels)
         shapes = set()
@@ -66,9 +64,7 @@ class ImageProcessing:
 
     def write(self, folder: Path) -> None:
         """Copy the processor's files into an artifact."""
-        for name in _FILES:
-            if (self._folder / name).is_file():
-                shutil.copyfile(self._folder / name, folder / name)
+        processors.copy_files(self._folder, folder)
 
     def batches(self, records: Sequence[Record]) -> Iterator[tuple[str, Tensors]]:
         """The pictures of a calibration file in batches of one size, as samples of parity."""
@@ -78,9 +74,9 @@ class ImageProcessing:
             yield IMAGE_COLUMN, {"pixel_values": process_images(images, self.constants)}
 
 
-def calibration_images(path: Path | None) -> list[Record]:
-    """The first pictures of a calibration file; none without one."""
-    return read_images(path, IMAGE_COLUMN, limit=MAX_IMAGES) if path is not None else []
+def calibration_images(path: Path | None, *, text: str | None = None) -> list[Record]:
+    """The first pictures of a calibration file, with the column `text`; none without a file."""
+    return [] if path is None else read_images(path, IMAGE_COLUMN, limit=_MAX_IMAGES, text=text)
 
 
 def example_images(channels: int, height: int, width: int) -> dict[str, Tensor]:
@@ -119,22 +115,10 @@ def image_samples(
     return samples
 
 
-def _load(folder: Path) -> Any:
-    if not any((folder / name).is_file() for name in _FILES):
-        raise InputError(
-            f"{folder} has no image processor ({' or '.join(_FILES)}). Save one beside the model "
-            "with save_pretrained."
-        )
-    try:
-        with quiet_transformers():
-            return transformers.AutoImageProcessor.from_pretrained(folder)
-    except ImportError as error:
-        raise MmoptError(
-            f"the image processor in {folder} needs a library that is missing: "
-            f"{one_line(error, 300)}. Run `pip install pillow torchvision`."
-        ) from error
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        raise InputError(f"{folder} has no usable image processor: {one_line(error)}") from error
+def load_processor(folder: Path, **options: Any) -> Any:
+    """The image processor of a model folder; raises as `processors.load_processor` does."""
+    auto = transformers.AutoImageProcessor
+    return processors.load_processor("image processor", auto, folder, **options)
 
 
 def _constants(processor: Any, name: str, channels: int) -> dict[str, Any]:
@@ -142,10 +126,9 @@ def _constants(processor: Any, name: str, channels: int) -> dict[str, Any]:
     if channels not in (1, 3):
         raise InputError(f"the model takes {channels} channels, expected pictures in RGB or gray.")
     order = "BGR" if getattr(processor, "do_flip_channel_order", False) else "RGB"
-    size, crop = _edges(processor, "size"), None
-    if getattr(processor, "do_center_crop", False):
-        crop = _edges(processor, "crop_size")
-    resize = size if getattr(processor, "do_resize", False) else None
+    crops = getattr(processor, "do_center_crop", False)
+    resize = edges(processor.size) if getattr(processor, "do_resize", False) else None
+    crop = edges(processor.crop_size) if crops else None
     if name.startswith("ConvNext") and resize is not None:
         # Shortest edge over crop_pct, then the middle; from 384 on no crop, but a warp.
         side = resize["shortest_edge"]
@@ -157,25 +140,31 @@ def _constants(processor: Any, name: str, channels: int) -> dict[str, Any]:
             raise InputError(
                 f"{name} resizes to {what}, expected a height and a width or a shortest edge."
             )
-    rescale = getattr(processor, "do_rescale", False)
-    normalize = getattr(processor, "do_normalize", False)
     return {
         "channels": "L" if channels == 1 else order,
         "resize": resize,
         "resample": resample_name(_number(processor.resample)) if resize is not None else None,
         "crop": crop,
-        "rescale": float(processor.rescale_factor) if rescale else None,
-        "mean": _per_channel(processor.image_mean, channels) if normalize else None,
-        "std": _per_channel(processor.image_std, channels) if normalize else None,
+        **scaling(processor, channels),
     }
 
 
-def _edges(processor: Any, attribute: str) -> dict[str, int] | None:
+def scaling(processor: Any, channels: int) -> dict[str, Any]:
+    """What a processor does with the values of pixels: `rescale`, `mean` and `std`."""
+    rescale = getattr(processor, "do_rescale", False)
+    normalize = getattr(processor, "do_normalize", False)
+    return {
+        "rescale": float(processor.rescale_factor) if rescale else None,
+        "mean": per_channel(processor.image_mean, channels) if normalize else None,
+        "std": per_channel(processor.image_std, channels) if normalize else None,
+    }
+
+
+def edges(size: Any) -> dict[str, int]:
     """A size without what it leaves open, however the processor stores it."""
-    value = getattr(processor, attribute, None)
-    if value is None:
-        return None
-    items = value.items() if hasattr(value, "items") else vars(value).items()
+    if size is None:
+        return {}
+    items = size.items() if hasattr(size, "items") else vars(size).items()
     return {str(key): int(edge) for key, edge in items if edge is not None}
 
 
@@ -188,7 +177,8 @@ def _number(resample: Any) -> int:
     return int(resample)
 
 
-def _per_channel(value: Any, channels: int) -> list[float]:
+def per_channel(value: Any, channels: int) -> list[float]:
+    """One number for each channel, of a processor that may store one for all."""
     values = [value] * channels if isinstance(value, int | float) else list(value)
     return [float(one) for one in values]
 

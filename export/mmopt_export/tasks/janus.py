@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mmopt_export.checkpoint import Checkpoint, quiet_transformers, resolve
 from mmopt_export.decoder.part import LOGITS, cache_map, decoder_part
+from mmopt_export.lowering import cache_name
 from mmopt_export.manifest import CacheMap
 from mmopt_export.multimodal import (
     DECODER,
@@ -23,12 +24,12 @@ from mmopt_export.multimodal import (
     TEXT_HEAD,
     MultimodalGenerator,
 )
-from mmopt_export.parity import StageParity
+from mmopt_export.parity import RANDOM, StageParity
 from mmopt_export.parts import Part, Plan, Proof
 from mmopt_export.runtime import Tensors
 from mmopt_export.tasks import towers
 from mmopt_export.tasks import vision_language as language
-from mmopt_export.tasks.placed import as_decoder, cache_name
+from mmopt_export.tasks.placed import as_decoder
 from mmopt_export.tasks.text import require_tokenizer
 from mmopt_kernels.errors import InputError
 
@@ -149,14 +150,15 @@ def states_part(model: Any) -> Part:
     kind = type(ARCHITECTURE, (_States,), {})
     part = decoder_part(kind(model).eval(), name=DECODER, embeds=True)
 
+    def renamed(values: Tensors) -> Tensors:
+        return {STATES if name == LOGITS else name: value for name, value in values.items()}
+
     def reference(feeds: Tensors) -> Tensors:
-        outputs = replace(part, reference=None).expect(feeds)
-        return {STATES if name == LOGITS else name: value for name, value in outputs.items()}
+        return renamed(part.expect(feeds))
 
     def valid(feeds: Tensors) -> Tensors:
         assert part.valid is not None
-        masks = part.valid(feeds)
-        return {STATES if name == LOGITS else name: mask for name, mask in masks.items()}
+        return renamed(part.valid(feeds))
 
     states = (STATES, *part.outputs[1:])
     return as_decoder(replace(part, outputs=states, scores=(), reference=reference, valid=valid))
@@ -209,7 +211,7 @@ def head_parts(model: Any) -> tuple[Part, ...]:
 
         def samples() -> Iterator[tuple[str, Tensors]]:
             for one in feeds[1:]:
-                yield "grid", one
+                yield RANDOM, one
 
         return Part(
             name=name,
@@ -272,13 +274,13 @@ class _Margins(transformers.LogitsProcessor):
 
 
 def _proof(model: Any, preprocessing: Mapping[str, Any], cache: CacheMap, longest: int) -> Proof:
-    text = language.text_proof(model, language.JANUS, preprocessing, cache, longest)
+    cases = language.text_cases(model, preprocessing, longest)
     drawn = _draw(model, preprocessing)
 
     def check(folder: Path, precision: str, provider: str) -> Sequence[StageParity]:
         generator = language.opened(folder, cache, preprocessing, longest, provider)
         return [
-            *text(folder, precision, provider),
+            *language.text_stages(generator, cases, precision),
             *_drawing_stages(generator, drawn, precision),
         ]
 
@@ -293,10 +295,7 @@ def _draw(model: Any, preprocessing: Mapping[str, Any]) -> _Drawn:
     rows = [
         [begin, *generator.integers(3, vocabulary, length).tolist(), image] for length in (7, 4)
     ]
-    longest = max(map(len, rows))
-    pad = drawing["pad"]
-    ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows])
-    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+    ids, mask = language.left_padded(rows, drawing["pad"])
     margins = _Margins(drawing["guidance"])
     with torch.no_grad(), quiet_transformers():
         tokens = model.generate(

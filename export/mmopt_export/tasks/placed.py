@@ -6,7 +6,6 @@ nothing.
 """
 
 import contextlib
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -14,16 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.onnx import ops
 
-from mmopt_export.decoder.lowering import (
-    IMPLEMENTATION,
-    Attention,
-    Buffers,
-    Lowering,
-    call,
-    lowered,
-)
+from mmopt_export.caches import presents
+from mmopt_export.decoder.lowering import Buffers, Lowering
 from mmopt_export.decoder.part import (
     EMBEDS,
     MASK,
@@ -33,15 +25,10 @@ from mmopt_export.decoder.part import (
     decoder_part,
 )
 from mmopt_export.decoder.tracing import trace_decoder
+from mmopt_export.lowering import IMPLEMENTATION, cache_name
 from mmopt_export.multimodal import ENDS, POSITIONS
 from mmopt_export.parts import Part
 from mmopt_export.runtime import Tensors
-
-
-def cache_name(model: Any) -> str:
-    """What this transformers calls the cache that a forward takes."""
-    known = inspect.signature(model.forward).parameters
-    return "cache" if "cache" in known else "past_key_values"
 
 
 class _Placed(nn.Module):
@@ -133,81 +120,32 @@ class _BlockLowering(Lowering):
 
     def __init__(self, *arguments: Any, ends: Tensor, positions: Tensor, keys: Tensor) -> None:
         super().__init__(*arguments)
+        self._seen = (ends, positions, keys)
         self._masks: dict[int | None, Tensor] = {}
-        self._make: Callable[[int | None], Tensor] = lambda window: _mask(
-            ends, positions, keys, window
-        )
 
-    def _emit(
-        self, call: Attention, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None
-    ) -> Tensor:
-        assert self.buffers is not None
-        if call.window not in self._masks:
-            self._masks[call.window] = self._make(call.window)
-        past_key, past_value = self.buffers.keys[call.layer], self.buffers.values[call.layer]
-        batch, _, sequence, size = query.shape
-        attributes: dict[str, Any] = {
-            "num_heads": call.heads,
-            "kv_num_heads": call.kv_heads,
-            "scale": call.scale,
-            "causal": 0,
-        }
-        if call.softcap:
-            attributes["softcap"] = call.softcap
-        inputs: list[Tensor | None] = [
-            *(one.transpose(1, 2).flatten(2) for one in (query, key, value)),
-            past_key,
-            past_value,
-            self.buffers.seqlens_k,
-            self.buffers.total,
-            *(None, None, None),
-            self._masks[call.window],
-        ]
-        if sinks is not None:
-            inputs.append(sinks)
-        output, *presents = ops.symbolic_multi_out(
-            "com.microsoft::GroupQueryAttention",
-            inputs,
-            attributes,
-            dtypes=(query.dtype, past_key.dtype, past_value.dtype),
-            shapes=((batch, sequence, call.heads * size), past_key.shape, past_value.shape),
-            version=1,
-        )
-        self.presents[call.layer] = (presents[0], presents[1])
-        return output.view(batch, sequence, call.heads, size)
+    def _bias(self, window: int | None) -> Tensor:
+        if window not in self._masks:
+            self._masks[window] = _mask(*self._seen, window)
+        return self._masks[window]
 
 
 class _LoweredBlocks(LoweredDecoder):
     """`LoweredDecoder` on `_BlockLowering`."""
 
-    def forward(
-        self,
-        tokens: Tensor,
-        position_ids: Tensor,
-        seqlens_k: Tensor,
-        total: Tensor,
-        last: Tensor,
-        keys: list[Tensor],
-        values: list[Tensor],
-        extra: dict[str, Tensor],
-    ) -> tuple[Tensor, ...]:
-        """As `LoweredDecoder.forward`."""
-        count: Any = total.item()
+    def lowering(self, buffers: Buffers, tokens: Tensor, position_ids: Tensor) -> Lowering:
+        """As `LoweredDecoder.lowering`."""
+        count: Any = buffers.total.item()
         torch._check(count >= 1)  # type: ignore[no-untyped-call]
-        with self.extra.bind(extra):
-            lowering = _BlockLowering(
-                type(self.model).__name__,
-                self.positions,
-                self.found,
-                Buffers(keys, values, seqlens_k, total, last),
-                ends=self.model.place(tokens),
-                positions=position_ids,
-                keys=torch.arange(count),
-            )
-            with lowered(self.model, lowering, len(keys)) as cache:
-                logits = call(self.model, cache, {EMBEDS: tokens, "position_ids": position_ids})
-        presents = [one for layer in range(len(keys)) for one in lowering.presents[layer]]
-        return (logits, *presents)
+        return _BlockLowering(
+            type(self.model).__name__,
+            self.positions,
+            len(buffers.keys),
+            self.found,
+            buffers,
+            ends=self.model.place(tokens),
+            positions=position_ids,
+            keys=torch.arange(count),
+        )
 
 
 def as_decoder(part: Part) -> Part:
@@ -255,8 +193,8 @@ def blocked_part(model: Any, *, name: str) -> Part:
     part = _placed_part(_named(_Blocked, model), ENDS, example, axes, values, name)
     plain = part.lowered
     assert isinstance(plain, LoweredDecoder)
-    found = (plain.model, plain.found, plain.positions, plain.extra)
-    return replace(part, lowered=_LoweredBlocks(*found).eval())
+    blocks = _LoweredBlocks(plain.model, plain.found, plain.positions, plain.extra)
+    return replace(part, lowered=blocks.eval())
 
 
 def _named(kind: type[_Placed], model: Any) -> Any:
@@ -286,23 +224,21 @@ def _placed_part(
 
     def reference(feeds: Tensors) -> Tensors:
         """Row by row: a row's values belong to its own tokens."""
-        batch = len(feeds[MASK])
+        given = feeds[name_of_input]
         rows = []
-        for row in range(batch):
-            one = {k: x[row : row + 1] for k, x in feeds.items() if k != name_of_input}
-            given = feeds[name_of_input]
+        for row in range(len(feeds[MASK])):
+            one = {name: value[row : row + 1] for name, value in feeds.items()}
             one[name_of_input] = given[..., row : row + 1, :]
-            with torch.no_grad():
-                rows.append(part.module(**{k: torch.from_numpy(x) for k, x in one.items()}))
-        outputs = {part.outputs[0]: torch.cat([one[part.outputs[0]] for one in rows]).numpy()}
-        for _, _, *presents in cache_map(part).layers:
-            for present in presents:
-                most = max(one[present].shape[2] for one in rows)
-                padded = [
-                    nn.functional.pad(one[present], (0, 0, 0, most - one[present].shape[2]))
+            rows.append(part.expect(one))
+        outputs = {part.outputs[0]: np.concatenate([one[part.outputs[0]] for one in rows])}
+        for name in presents(cache_map(part)):
+            most = max(one[name].shape[2] for one in rows)
+            outputs[name] = np.concatenate(
+                [
+                    np.pad(one[name], ((0, 0), (0, 0), (0, most - one[name].shape[2]), (0, 0)))
                     for one in rows
                 ]
-                outputs[present] = torch.cat(padded).numpy()
+            )
         return outputs
 
     return as_decoder(replace(part, samples=samples, reference=reference))

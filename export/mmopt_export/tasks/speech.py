@@ -1,6 +1,5 @@
 """Speech encoders on raw samples: letters per frame (CTC), or one label per sound."""
 
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,18 +8,19 @@ import numpy as np
 import torch
 import transformers
 
-from mmopt_export.checkpoint import Checkpoint, quiet_transformers, resolve
+from mmopt_export.checkpoint import Checkpoint, resolve
 from mmopt_export.parity import RANDOM
 from mmopt_export.parts import Outputs, Part, Plan
 from mmopt_export.preprocessing import frames_of, process_sounds
 from mmopt_export.records import Record, read_sounds
 from mmopt_export.runtime import MODEL, Tensors
-from mmopt_kernels.errors import InputError, one_line
+from mmopt_export.tasks import processors
+from mmopt_kernels.errors import InputError
 
 AUDIO_COLUMN = "audio"
 _FILES = (
-    *("preprocessor_config.json", "processor_config.json", "vocab.json"),
-    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *processors.FILES,
+    *("vocab.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
 )
 _AXES = {0: "batch", 1: "samples"}
 _BATCH = 4
@@ -86,7 +86,7 @@ def plan(checkpoint: Checkpoint, calibration: Path | None) -> Plan:
                 valid=valid if recognizes and audio["mask"] else None,
             ),
         ),
-        write=lambda place: _write(folder, place),
+        write=lambda place: processors.copy_files(folder, place, _FILES),
         labels=tuple(str(labels[index]) for index in range(len(labels))),
         preprocessing=preprocessing,
     )
@@ -94,16 +94,9 @@ def plan(checkpoint: Checkpoint, calibration: Path | None) -> Plan:
 
 def _audio(folder: Path, config: Any) -> dict[str, Any]:
     """The constants of `mmopt_export.preprocessing.process_sounds`."""
-    if not any((folder / name).is_file() for name in _FILES[:2]):
-        raise InputError(
-            f"{folder} has no feature extractor ({' or '.join(_FILES[:2])}). Save one beside the "
-            "model with save_pretrained."
-        )
-    try:
-        with quiet_transformers():
-            extractor = transformers.AutoFeatureExtractor.from_pretrained(folder)
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        raise InputError(f"{folder} has no usable feature extractor: {one_line(error)}") from error
+    extractor = processors.load_processor(
+        "feature extractor", transformers.AutoFeatureExtractor, folder
+    )
     if not isinstance(extractor, transformers.Wav2Vec2FeatureExtractor):
         raise InputError(
             f"{folder} has a {type(extractor).__name__}, expected a Wav2Vec2FeatureExtractor."
@@ -129,11 +122,7 @@ def _audio(folder: Path, config: Any) -> dict[str, Any]:
 
 def _vocabulary(folder: Path, config: Any) -> dict[str, Any]:
     """The constants of `mmopt_export.preprocessing.decode_ctc`."""
-    try:
-        with quiet_transformers():
-            tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        raise InputError(f"{folder} has no usable vocabulary: {one_line(error)}") from error
+    tokenizer = processors.load("vocabulary", transformers.AutoTokenizer, folder)
     if not isinstance(tokenizer, transformers.Wav2Vec2CTCTokenizer):
         raise InputError(
             f"{folder} has a {type(tokenizer).__name__}, expected a Wav2Vec2CTCTokenizer."
@@ -185,9 +174,3 @@ def _samples(audio: dict[str, Any], records: Sequence[Record]) -> Iterator[tuple
     sounds = sorted((record.values[AUDIO_COLUMN] for record in records), key=len)
     for start in range(0, len(sounds), _BATCH):
         yield AUDIO_COLUMN, process_sounds(sounds[start : start + _BATCH], audio)
-
-
-def _write(source: Path, target: Path) -> None:
-    for name in _FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)

@@ -16,6 +16,7 @@ from mmopt_export.encoder_decoder.part import Encoder, encoder_decoder_parts
 from mmopt_export.encoder_decoder.proof import expect, proof
 from mmopt_export.encoder_decoder.rules import read_rules, start_token
 from mmopt_export.encoder_decoder.seq2seq import DECODER, Floats
+from mmopt_export.encoder_decoder.speech import encoder_inputs
 from mmopt_export.parity import RANDOM
 from mmopt_export.parts import Plan, Proof
 from mmopt_export.preprocessing import frames_of, process_sounds
@@ -62,7 +63,7 @@ def plan(checkpoint: Checkpoint, calibration: Path | None) -> Plan:
                 model,
                 rules,
                 kind=kind,
-                feeds=_feeds(sounds, audio),
+                feeds=encoder_inputs(sounds, audio),
                 prompts=[prompt] * len(sounds),
                 positions=positions,
             )
@@ -257,14 +258,10 @@ def _moonshine(audio: dict[str, Any], real: list[Floats]) -> Encoder:
 def _batches(audio: dict[str, Any], real: list[Floats]) -> Iterator[tuple[str, Tensors]]:
     """The encoder's batches of parity: tones of several lengths, then real sounds."""
     sounds = _sounds(3, audio)
-    yield RANDOM, _feeds(sounds[:1], audio)
-    yield RANDOM, _feeds(sounds[1:], audio)
+    yield RANDOM, encoder_inputs(sounds[:1], audio)
+    yield RANDOM, encoder_inputs(sounds[1:], audio)
     for start in range(0, len(real), _BATCH):
-        yield AUDIO_COLUMN, _feeds(real[start : start + _BATCH], audio)
-
-
-def _feeds(sounds: list[Floats], audio: dict[str, Any]) -> Tensors:
-    return {FEATURES: log_mel(sounds, audio)} if "bins" in audio else process_sounds(sounds, audio)
+        yield AUDIO_COLUMN, encoder_inputs(real[start : start + _BATCH], audio)
 
 
 def _real_sounds(calibration: Path | None, audio: dict[str, Any]) -> list[Floats]:

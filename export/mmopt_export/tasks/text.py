@@ -17,7 +17,7 @@ from mmopt_kernels.errors import InputError
 # What a tokenizer gives that a text encoder may take; all int64 [batch, sequence].
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 AXES = {0: "batch", 1: "sequence"}
-_BATCH = 32
+BATCH = 32  # real texts that parity runs at once
 _MAX_TEXTS = 256  # texts that parity reads of the calibration file: 8 batches
 _NO_LIMIT = 1 << 20  # transformers writes 1e30 for a tokenizer without a limit
 
@@ -135,18 +135,34 @@ def text_samples(
         yield RANDOM, feeds, {}
     # Sorted by length, so that little of a batch is padding.
     order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
-    for start in range(0, len(order), _BATCH):
-        chosen = order[start : start + _BATCH]
-        encoded = tokenizer(
-            [texts[index] for index in chosen],
-            padding=True,
-            truncation=True,
-            max_length=longest,
-            return_tensors="np",
-        )
-        feeds = {name: encoded[name].astype(np.int64) for name in inputs}
+    for start in range(0, len(order), BATCH):
+        chosen = order[start : start + BATCH]
+        feeds = encode(tokenizer, [texts[index] for index in chosen], inputs, longest=longest)
         right = {"logits": np.array([labels[index] for index in chosen])} if labels else {}
         yield "text", feeds, right
+
+
+def encode(
+    tokenizer: Any,
+    texts: Sequence[str],
+    inputs: Sequence[str],
+    *,
+    longest: int,
+    fixed: bool = False,
+) -> Tensors:
+    """The graph's inputs for a batch of texts, int64 `[B, L]`.
+
+    Args:
+        longest, fixed: as in `write_tokenizer`.
+    """
+    encoded = tokenizer(
+        list(texts),
+        padding="max_length" if fixed else True,
+        truncation=True,
+        max_length=longest,
+        return_tensors="np",
+    )
+    return {name: encoded[name].astype(np.int64) for name in inputs}
 
 
 def random_ids(

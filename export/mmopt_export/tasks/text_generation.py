@@ -9,14 +9,24 @@ from typing import Any
 import numpy as np
 
 from mmopt_export.adapters.swap import bind, swap_inputs
+from mmopt_export.caches import pasts
 from mmopt_export.checkpoint import Checkpoint
 from mmopt_export.decoder import genai
-from mmopt_export.decoder.parity import STEPS, greedy_proof
-from mmopt_export.decoder.part import IDS, LOGITS, Extra, cache_map, decoder_part
-from mmopt_export.decoder.tracing import trace_decoder
+from mmopt_export.decoder.parity import STEPS, greedy_reference
+from mmopt_export.decoder.part import (
+    IDS,
+    LOGITS,
+    MASK,
+    SAMPLE_CAPACITY,
+    Extra,
+    cache_map,
+    decoder_part,
+)
+from mmopt_export.parity import Sample
 from mmopt_export.parts import Part, Plan
 from mmopt_export.runtime import MODEL, Tensors
 from mmopt_export.tasks import text
+from mmopt_export.tasks.placed import as_decoder
 
 # Prompts of a calibration file that parity reads, and tokens of each: the oracle runs in eager
 # attention, one row at a time, and its buffers are kept until the graphs have been held against it.
@@ -48,6 +58,9 @@ def plan(checkpoint: Checkpoint, calibration: Path | None) -> Plan:
         yield from part.samples()  # type: ignore[misc]
         yield from _prompts(part, [one for one in prompts if one])
 
+    def generated() -> Sample:
+        return greedy_reference(part, _proof_prompts(part, prompts)).sample(MODEL)
+
     def write(folder: Path) -> None:
         tokenizer.save_pretrained(folder)
         config.save_pretrained(folder)
@@ -63,12 +76,10 @@ def plan(checkpoint: Checkpoint, calibration: Path | None) -> Plan:
         task="text-generation",
         kind="decoder",
         parts=(
-            dataclasses.replace(
-                part,
-                samples=samples,
-                reference=_reference(part),
-                tracer=trace_decoder,
-                excluded={"cuda": ("resume-padded",)},
+            as_decoder(
+                dataclasses.replace(
+                    part, samples=samples, reference=_reference(part), generated=generated
+                )
             ),
         ),
         write=write,
@@ -80,7 +91,6 @@ def plan(checkpoint: Checkpoint, calibration: Path | None) -> Plan:
             "pad_token_id": config.pad_token_id,
         },
         caches={MODEL: cache_map(part)},
-        proof=greedy_proof(part, _proof_prompts(part, prompts)),
     )
 
 
@@ -116,15 +126,15 @@ def _prompts(part: Part, prompts: list[list[int]]) -> Iterator[tuple[str, Tensor
             ids[row, size - len(prompt) :] = prompt
             mask[row, size - len(prompt) :] = 1
         empty = np.zeros((len(batch), cache.heads, 0, cache.head_size), np.float32)
-        pasts = {past: empty for layer in cache.layers for past in layer[:2]}
-        yield "text", {"input_ids": ids, "attention_mask": mask, **pasts}
+        yield "text", {IDS: ids, MASK: mask, **dict.fromkeys(pasts(cache), empty)}
 
 
 def _reference(part: Part) -> Any:
-    """The eager outputs; for real prompts without the buffers, which are as large as the model."""
+    """The eager outputs; for long prompts without the buffers, which are as large as the model."""
 
     def run(feeds: Tensors) -> Tensors:
         outputs = part.expect(feeds)
-        return {LOGITS: outputs[LOGITS]} if feeds["input_ids"].shape[1] > 24 else outputs
+        long = feeds[IDS].shape[1] > SAMPLE_CAPACITY
+        return {LOGITS: outputs[LOGITS]} if long else outputs
 
     return run

@@ -146,7 +146,7 @@ def patch_part(model: Any) -> Part:
     """A tower that takes patches of images of any sizes, one image's after another's.
 
     `pixel_values` `[tokens, patches, pixels]`, by the patches that become one token, and what
-    `multimodal.patch_layout` makes of the grids: `patch_positions` int64 `[tokens, patches, 2]`;
+    `image_layouts.patch_layout` makes of the grids: `patch_positions` int64 `[tokens, patches, 2]`;
     `frames` int64 `[frames, longest]`, the patches that attend to each other, -1 for padding; and
     with windows `windows` int64 `[windows, most]`, the same for window layers, and `window_order`
     int64 `[tokens]`. `image_features` are `[tokens, hidden]`.

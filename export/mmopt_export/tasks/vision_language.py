@@ -1,6 +1,5 @@
 """Models that read text and images and write text: a tower, an embedding and a decoder."""
 
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,12 +20,21 @@ from mmopt_export.parity import StageParity
 from mmopt_export.parts import Part, Plan, Proof
 from mmopt_export.preprocessing import resample_name
 from mmopt_export.runtime import MODEL_NAME, Tensors, open_session
-from mmopt_export.tasks import placed, towers
+from mmopt_export.tasks import placed, processors, towers
+from mmopt_export.tasks.image import edges, load_processor, per_channel, scaling
 from mmopt_export.tasks.placed import as_decoder
 from mmopt_export.tasks.text import require_tokenizer
-from mmopt_kernels.errors import InputError, MmoptError, one_line
+from mmopt_export.tasks.text_generation import eos_ids
+from mmopt_kernels.errors import InputError
 
 TASK = "image-text-to-text"
+
+Inputs = Callable[[Tensor, int], dict[str, Tensor]]
+"""What a model's own forward takes besides ids and pixels, of ids and the image token."""
+
+
+def _no_inputs(ids: Tensor, image_token: int) -> dict[str, Tensor]:
+    return {}
 
 
 @dataclass(frozen=True)
@@ -38,14 +46,14 @@ class Family:
         vision: makes the tower's part.
         decoder: makes the decoder's part.
         prompt: `manifest.preprocessing["prompt"]` of the model's tokenizer.
-        inputs: what the model's own forward takes of an image token besides pixels, of ids.
+        inputs: what the model's own forward takes besides.
     """
 
     layout: str
     vision: Callable[[Any], Part]
     decoder: Callable[[Any], Part]
     prompt: Callable[[Any, str], dict[str, str]]
-    inputs: Callable[[Tensor, int], dict[str, Tensor]] = lambda ids, token: {}
+    inputs: Inputs = _no_inputs
 
 
 def _plain_decoder(model: Any) -> Part:
@@ -113,14 +121,6 @@ FAMILIES = {
     "Qwen2_5_VLForConditionalGeneration": _PATCHES,
 }
 
-# What the proof of text asks of Janus, whose parts are made in `janus`.
-JANUS = Family(
-    "padded",
-    lambda model: towers.image_part(model.model, size=_image_size(model)),
-    _plain_decoder,
-    _bracketed,
-)
-
 
 def plan(checkpoint: Checkpoint, calibration: Path | None) -> Plan:
     """The plan for a model that reads text and images.
@@ -140,9 +140,8 @@ def plan(checkpoint: Checkpoint, calibration: Path | None) -> Plan:
     folder = resolve(checkpoint.source)
     require_tokenizer(model, checkpoint.tokenizer)
     vision = family.vision(model)
-    image = image_constants(model, folder, family.layout, tokens=tokens_of(vision))
     preprocessing = {
-        "image": image,
+        "image": image_constants(model, folder, family.layout, tokens=tokens_of(vision)),
         "prompt": family.prompt(
             checkpoint.tokenizer,
             checkpoint.tokenizer.convert_ids_to_tokens(model.config.image_token_id),
@@ -159,7 +158,7 @@ def plan(checkpoint: Checkpoint, calibration: Path | None) -> Plan:
         max_length=longest,
         preprocessing=preprocessing,
         caches={DECODER: cache},
-        proof=lambda: text_proof(model, family, preprocessing, cache, longest),
+        proof=lambda: _proof(model, family.inputs, preprocessing, cache, longest),
     )
 
 
@@ -179,12 +178,9 @@ def positions(model: Any) -> int:
 
 def token_constants(model: Any, tokenizer: Any) -> dict[str, Any]:
     """`manifest.preprocessing["tokens"]`: ids that the runtime needs, and how texts begin."""
-    eos = model.generation_config.eos_token_id
-    if eos is None:
-        eos = model.config.get_text_config().eos_token_id
     return {
         "image": int(model.config.image_token_id),
-        "eos": [eos] if isinstance(eos, int) else list(eos or []),
+        "eos": eos_ids(model.generation_config) or eos_ids(model.config.get_text_config()),
         "bos": tokenizer.bos_token,
         "vocabulary": int(
             max(model.get_input_embeddings().weight.shape[0], model.config.image_token_id + 1)
@@ -195,10 +191,8 @@ def token_constants(model: Any, tokenizer: Any) -> dict[str, Any]:
 def write_processor(tokenizer: Any, source: Path, output: Path) -> None:
     """Save the tokenizer, and copy the processor's files and its chat template."""
     tokenizer.save_pretrained(output)
-    names = ("preprocessor_config.json", "processor_config.json")
-    for name in (*names, "chat_template.json", "chat_template.jinja"):
-        if (source / name).is_file():
-            shutil.copyfile(source / name, output / name)
+    templates = ("chat_template.json", "chat_template.jinja")
+    processors.copy_files(source, output, (*processors.FILES, *templates))
 
 
 def tokens_of(vision: Part) -> int:
@@ -292,11 +286,10 @@ def image_constants(model: Any, folder: Path, layout: str, *, tokens: int) -> di
         InputError: no processor, or one whose pixels an artifact would not compute.
         MmoptError: transformers lacks a library that it needs (exit 3).
     """
-    processor = _load_processor(folder)
+    processor = load_processor(folder, backend="pil")
     name = type(processor).__name__
     if getattr(processor, "do_pan_and_scan", None):
         raise InputError(f"{name} pans and scans, which is not supported. Set do_pan_and_scan off.")
-    rescale, normalize = processor.do_rescale, processor.do_normalize
     constants = {
         "layout": layout,
         "tokens": tokens,
@@ -304,21 +297,19 @@ def image_constants(model: Any, folder: Path, layout: str, *, tokens: int) -> di
         "resize": None,
         "crop": None,
         "resample": resample_name(int(processor.resample)),
-        "rescale": float(processor.rescale_factor) if rescale else None,
-        "mean": _per_channel(processor.image_mean) if normalize else None,
-        "std": _per_channel(processor.image_std) if normalize else None,
+        **scaling(processor, 3),
     }
-    size = _edges(processor.size)
+    size = edges(processor.size)
     vision = model.config.vision_config
     if layout == "whole":
         crop = getattr(processor, "do_center_crop", False)
-        constants |= {"resize": size, "crop": _edges(processor.crop_size) if crop else None}
+        constants |= {"resize": size, "crop": edges(processor.crop_size) if crop else None}
     elif layout == "padded":
-        background = [int(one * 255) for one in _per_channel(processor.image_mean)]
+        background = [int(one * 255) for one in per_channel(processor.image_mean, 3)]
         side, least = size["height"], int(processor.min_size)
         constants |= {"side": side, "least": least, "background": background}
     elif layout == "tiles":
-        side = _edges(processor.max_image_size)["longest_edge"]
+        side = edges(processor.max_image_size)["longest_edge"]
         split = bool(processor.do_image_splitting)
         constants |= {"longest": size["longest_edge"], "side": side, "split": split}
     else:
@@ -337,32 +328,6 @@ def image_constants(model: Any, folder: Path, layout: str, *, tokens: int) -> di
             f"{_image_size(model)}. Save the processor that belongs to the model beside it."
         )
     return constants
-
-
-def _load_processor(folder: Path) -> Any:
-    try:
-        with quiet_transformers():
-            return transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
-    except ImportError as error:
-        raise MmoptError(
-            f"the image processor in {folder} needs a library that is missing: "
-            f"{one_line(error, 300)}. Run `pip install pillow torchvision`."
-        ) from error
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{folder} has no usable image processor: {one_line(error)}. Save one beside the model "
-            "with save_pretrained."
-        ) from error
-
-
-def _edges(size: Any) -> dict[str, int]:
-    """A size without what it leaves open, however the processor stores it."""
-    items = size.items() if hasattr(size, "items") else vars(size).items()
-    return {str(key): int(edge) for key, edge in items if edge is not None}
-
-
-def _per_channel(value: Any) -> list[float]:
-    return [float(one) for one in ([value] * 3 if isinstance(value, int | float) else value)]
 
 
 def _sides(constants: Mapping[str, Any]) -> tuple[int, int]:
@@ -433,16 +398,39 @@ class Case:
     margins: list[list[float]]
 
 
-def text_proof(
+def _proof(
     model: Any,
-    family: Family,
+    extra: Inputs,
     preprocessing: Mapping[str, Any],
     cache: CacheMap,
     longest: int,
 ) -> Proof:
     """Let transformers write, and give what holds the finished graphs against it."""
-    image, tokens = preprocessing["image"], preprocessing["tokens"]
-    first, second = (lay_out(_probe(*size), image) for size in ((70, 90), (64, 45)))
+    cases = text_cases(model, preprocessing, longest, extra)
+
+    def check(folder: Path, precision: str, provider: str) -> Sequence[StageParity]:
+        generator = opened(folder, cache, preprocessing, longest, provider)
+        return text_stages(generator, cases, precision)
+
+    return check
+
+
+def text_cases(
+    model: Any,
+    preprocessing: Mapping[str, Any],
+    longest: int,
+    extra: Inputs = _no_inputs,
+) -> list[Case]:
+    """What transformers writes of text alone, of images in both rows, and of one in one.
+
+    Args:
+        extra: as `Family.inputs`.
+
+    Raises:
+        InputError: the model has no positions left behind the images.
+    """
+    constants, tokens = preprocessing["image"], preprocessing["tokens"]
+    first, second = (lay_out(_probe(*size), constants) for size in ((70, 90), (64, 45)))
     cases = []
     chosen: tuple[tuple[str, list[list[Picture]]], ...] = (
         ("text", [[], []]),
@@ -451,7 +439,7 @@ def text_proof(
     )
     for kind, pictures in chosen:
         rows = [
-            _prompt(own, tokens, image, length)
+            _prompt(own, tokens, constants, length)
             for own, length in zip(pictures, (9, 4), strict=True)
         ]
         most = min(TOKENS, longest - max(map(len, rows)))
@@ -460,21 +448,23 @@ def text_proof(
                 f"an image takes {max(map(len, rows))} tokens and the model has {longest} "
                 "positions. Make the processor's images smaller."
             )
-        cases.append(_expect(model, family, kind, rows, pictures, tokens, most))
+        cases.append(_expect(model, extra, kind, rows, pictures, preprocessing, most))
+    return cases
 
-    def check(folder: Path, precision: str, provider: str) -> Sequence[StageParity]:
-        generator = opened(folder, cache, preprocessing, longest, provider)
-        stages = []
-        for case in cases:
-            answer = generator.continue_ids(
-                case.rows, case.pictures, max_new_tokens=len(case.expected[0]), eos=()
-            )
-            stages.append(
-                tokens_stage(case.kind, case.expected, case.margins, answer.tokens, precision)
-            )
-        return stages
 
-    return check
+def text_stages(
+    generator: MultimodalGenerator, cases: Sequence[Case], precision: str
+) -> list[StageParity]:
+    """What the graphs write of the same, held against it."""
+    stages = []
+    for case in cases:
+        answer = generator.continue_ids(
+            case.rows, case.pictures, max_new_tokens=len(case.expected[0]), eos=()
+        )
+        stages.append(
+            tokens_stage(case.kind, case.expected, case.margins, answer.tokens, precision)
+        )
+    return stages
 
 
 def opened(
@@ -499,7 +489,7 @@ def opened(
 
 
 def _prompt(
-    pictures: list[Picture], tokens: Mapping[str, Any], image: Mapping[str, Any], length: int
+    pictures: list[Picture], tokens: Mapping[str, Any], constants: Mapping[str, Any], length: int
 ) -> list[int]:
     """Random ids with the image tokens of each picture among them."""
     generator = np.random.default_rng((length, len(pictures)))
@@ -511,26 +501,28 @@ def _prompt(
 
     text()
     for picture in pictures:
-        count = len(picture.pixels) * (1 if image["layout"] == "patches" else image["tokens"])
-        ids.extend([tokens["image"]] * count)
+        each = 1 if constants["layout"] == "patches" else constants["tokens"]
+        ids.extend([tokens["image"]] * (each * len(picture.pixels)))
         text()
     return ids
 
 
 def _expect(
     model: Any,
-    family: Family,
+    extra: Inputs,
     kind: str,
     rows: list[list[int]],
     pictures: list[list[Picture]],
-    tokens: Mapping[str, Any],
+    preprocessing: Mapping[str, Any],
     most: int,
 ) -> Case:
-    longest = max(map(len, rows))
-    ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
-    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
-    inputs = {"input_ids": ids, "attention_mask": mask, **_pixels(family.layout, pictures)}
-    inputs |= family.inputs(ids * mask, tokens["image"])
+    ids, mask = left_padded(rows)
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": mask,
+        **_pixels(preprocessing["image"]["layout"], pictures),
+        **extra(ids * mask, preprocessing["tokens"]["image"]),
+    }
     # Nothing here ends a row: tokens are compared to the last, and -1 is no token.
     with torch.no_grad(), quiet_transformers():
         result = model.generate(
@@ -546,8 +538,16 @@ def _expect(
             ),
         )
     best = torch.stack(result.logits, dim=1).topk(2).values
-    new = result.sequences[:, longest:].tolist()
+    new = result.sequences[:, ids.shape[1] :].tolist()
     return Case(kind, rows, pictures, new, (best[..., 0] - best[..., 1]).tolist())
+
+
+def left_padded(rows: Sequence[Sequence[int]], pad: int = 0) -> tuple[Tensor, Tensor]:
+    """Ids of rows of any lengths, int64 `[B, L]`, and their attention mask."""
+    longest = max(map(len, rows))
+    ids = torch.tensor([[pad] * (longest - len(row)) + list(row) for row in rows])
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+    return ids, mask
 
 
 def _pixels(layout: str, pictures: list[list[Picture]]) -> dict[str, Tensor]:

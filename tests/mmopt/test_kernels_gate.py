@@ -87,6 +87,7 @@ def installed() -> str:
     return version
 
 
+@pytest.mark.slow  # three minutes in a clean checkout; `.ci/run` runs `make kernels`
 def test_the_committed_kernels_hold_on_every_target(installed: str) -> None:
     """What `make kernels` checks. Figures are kept in build/ by all that they depend on, so that
     only changed kernels are compiled again."""

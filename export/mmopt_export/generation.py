@@ -232,6 +232,11 @@ class Generator:
         Raises:
             InputError: another number of rows, an id out of range, or more tokens than positions.
         """
+        return self._prefill(prompts, conversation).copy()
+
+    def _prefill(
+        self, prompts: Sequence[Ids | npt.NDArray[Any]], conversation: Conversation
+    ) -> Floats:
         logits = self._take(self._rows(prompts, conversation), conversation)
         for row, prompt in enumerate(prompts):
             conversation.pending[row] = []
@@ -265,7 +270,7 @@ class Generator:
             raise InputError(f"max_new_tokens is {max_new_tokens}, expected at least 1.")
         state = conversation or self.start(len(prompts))
         randoms = [np.random.default_rng((sampling.seed, row)) for row in range(state.batch)]
-        logits = self.prefill(prompts, state)
+        logits = self._prefill(prompts, state)
         live = [row for row in range(state.batch) if state.lengths[row]]
         for count in range(1, max_new_tokens + 1):
             chosen = {
@@ -367,7 +372,11 @@ class Generator:
     # ---------------------------------------------------------------- running
 
     def _take(self, rows: list[npt.NDArray[Any]], conversation: Conversation) -> Floats:
-        """Put new tokens, as the graph takes them, into the cache; logits `[B, V]`."""
+        """Put new tokens, as the graph takes them, into the cache; logits `[B, V]`.
+
+        They are the conversation's own buffer, which the next tokens overwrite: a copy of a large
+        vocabulary's takes longer than all else here.
+        """
         counts = [len(row) for row in rows]
         if max(counts) == 0:
             raise InputError("every prompt is empty, expected at least one token.")
@@ -389,7 +398,7 @@ class Generator:
         binding, logits = self._bound(conversation)
         feeds, counts = _padded(rows, conversation.lengths)
         for name, feed in zip((self._tokens, MASK), feeds, strict=True):
-            binding.bind_ortvalue_input(name, _value(feed))
+            binding.bind_cpu_input(name, feed)
         if logits is None:
             binding.bind_output(self._output, "cpu")
         self.session.run_with_iobinding(binding)
@@ -397,8 +406,9 @@ class Generator:
         if logits is None:
             names = [one.name for one in self.session.get_outputs()]
             logits = binding.get_outputs()[names.index(self._output)].numpy()
-        result: Floats = logits[:, 0].astype(np.float32)
-        result[counts == 0] = 0
+        result: Floats = logits[:, 0].astype(np.float32, copy=False)
+        if not counts.all():
+            result[counts == 0] = 0
         return result
 
     def _bound(self, conversation: Conversation) -> tuple[Any, Any]:
@@ -500,6 +510,8 @@ def choose(
         history: tokens that the row holds already, for the repetition penalty.
         random: draws; None is `Sampling.seed` anew.
     """
+    if sampling.temperature == 0 and sampling.repetition_penalty == 1:
+        return int(np.argmax(logits))
     scores = logits.astype(np.float64)
     penalize(scores, history, sampling.repetition_penalty)
     if sampling.temperature == 0:
@@ -544,6 +556,8 @@ def _padded(
     """The graph's tokens and mask, and how many new tokens each row has."""
     counts = np.asarray([len(row) for row in rows], dtype=np.int64)
     most, past = int(counts.max()), int(lengths.max())
+    if len(rows) == 1:
+        return (np.ascontiguousarray(rows[0][None]), np.ones((1, past + most), np.int64)), counts
     tokens = np.zeros((len(rows), most, *rows[0].shape[1:]), dtype=rows[0].dtype)
     for row, new in enumerate(rows):
         tokens[row, : len(new)] = new

@@ -60,6 +60,8 @@ def open_session(
     options.intra_op_num_threads = threads or usable_cores()
     # Fatal only: errors are raised as well, and a client's bad ids must not fill a server's log.
     options.log_severity_level = 4
+    # A pattern is planned anew for every new shape, and kept: each step of a decoder has one.
+    options.enable_mem_pattern = False
     levels = onnxruntime.GraphOptimizationLevel
     options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
     if not optimize:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from mmopt_export.caches import pasts
+from mmopt_export.decoder import rotation
 from mmopt_export.decoder.lowering import Window, _window
 from mmopt_export.decoder.parity import greedy_parity, greedy_reference
 from mmopt_export.decoder.part import Extra, cache_map, decoder_part
@@ -70,10 +71,11 @@ def test_family_matches_eager(family: str) -> None:
 
 
 def test_a_graph_has_ort_ops_and_no_leftovers() -> None:
-    """What makes it fast: one attention, two rotations and fused norms per layer."""
+    """What makes it fast: attention that rotates and takes q, k and v as one, and fused norms."""
     nodes = traced("llama").nodes
     assert nodes.count("GroupQueryAttention") == 2
-    assert nodes.count("RotaryEmbedding") == 4
+    assert "RotaryEmbedding" not in nodes
+    assert nodes.count("Split") == 2  # gate and up
     assert nodes.count("SkipSimplifiedLayerNormalization") == 4
     # Of each layer q, k and v as one, o, gate and up as one, down; and the head.
     assert nodes.count("MatMul") == 2 * 4 + 1
@@ -83,7 +85,34 @@ def test_a_graph_has_ort_ops_and_no_leftovers() -> None:
     assert "Transpose" not in nodes
     assert "Gemm" not in nodes
     # Heads are normed before they are transposed, so that nothing is.
-    assert "Transpose" not in traced("gemma3").nodes
+    gemma = traced("gemma3").nodes
+    assert "Transpose" not in gemma
+    # Heads of 24 are not for attention's own rotation; sines are looked up either way.
+    assert gemma.count("RotaryEmbedding") == 6
+    assert not {"Sin", "Cos"} & {*nodes, *gemma}
+
+
+def test_rotations_whose_tables_are_large_beside_the_weights_are_computed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rotation, "_SMALL", 0)
+    exported = Exported(tiny_decoder("llama", num_hidden_layers=1), tmp_path)
+    assert exported.nodes.count("RotaryEmbedding") == 2
+    assert "Cos" in exported.nodes
+    assert_parity(exported.part, exported.session())
+
+
+def test_a_row_that_is_done_at_the_last_position_does_not_stop_the_others() -> None:
+    """What it writes behind its cache is turned by a position that the model has not."""
+    exported = traced("llama")
+    limit = exported.part.limits["total"]
+    generator = exported.generator()
+    conversation = generator.start(2)
+    generator.prefill([[5] * limit, [8, 9]], conversation)
+    logits = generator.step([None, 10], conversation)
+    with torch.no_grad():
+        expected = exported.model(input_ids=torch.tensor([[8, 9, 10]])).logits[0, -1]
+    np.testing.assert_allclose(logits[1], expected, atol=TOLERANCE, rtol=0)
 
 
 def test_norms_too_wide_to_fold_are_fused(tmp_path: Path) -> None:
@@ -141,7 +170,7 @@ def test_unshared_buffers_grow() -> None:
     session = exported.session()
     outputs = list(exported.part.outputs)
     names = pasts(exported.cache)
-    buffers = dict.fromkeys(names, np.zeros((2, 2, 0, 8), dtype=np.float32))
+    buffers = dict.fromkeys(names, np.zeros((2, 2, 0, 16), dtype=np.float32))
     mask = np.array([[1, 1, 1, 1], [0, 0, 1, 1]])
     ids = np.array([[5, 6, 7, 8], [0, 0, 9, 10]])
     rows: list[list[int]] = [[5, 6, 7, 8], [9, 10]]
@@ -149,7 +178,7 @@ def test_unshared_buffers_grow() -> None:
         logits, *presents = session.run(
             outputs, {"input_ids": ids, "attention_mask": mask, **buffers}
         )
-        assert all(one.shape == (2, 2, 4 + step, 8) for one in presents)
+        assert all(one.shape == (2, 2, 4 + step, 16) for one in presents)
         for row, tokens in enumerate(rows):
             with torch.no_grad():
                 expected = exported.model(input_ids=torch.tensor([tokens])).logits[0, -1]
@@ -183,7 +212,7 @@ def test_rows_that_differ_in_past_and_several_new_tokens_are_refused() -> None:
     the new tokens are, which is how the kernel knows a first prompt.
     """
     exported = traced("llama")
-    feeds = dict.fromkeys(pasts(exported.cache), np.zeros((2, 2, 8, 8), dtype=np.float32))
+    feeds = dict.fromkeys(pasts(exported.cache), np.zeros((2, 2, 8, 16), dtype=np.float32))
     feeds["input_ids"] = np.array([[5, 0, 0], [6, 7, 8]])
     feeds["attention_mask"] = np.array([[1, 1, 1, 0, 0], [0, 0, 1, 1, 1]])
     with pytest.raises(Exception, match="batch_size"):

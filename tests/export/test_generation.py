@@ -155,6 +155,16 @@ def test_logits_are_eagers(exported: Exported) -> None:
             np.testing.assert_allclose(logits[row], expected, atol=3e-5)
 
 
+def test_logits_are_the_callers_to_keep(llama: Exported) -> None:
+    generator = llama.generator()
+    conversation = generator.start(1)
+    first = generator.prefill([[5, 6]], conversation)
+    kept = first.copy()
+    second = generator.step([7], conversation)
+    np.testing.assert_array_equal(first, kept)
+    assert not np.array_equal(first, second)
+
+
 def test_generation_ends_where_positions_end(llama: Exported) -> None:
     """96 positions: 90 tokens in leave 6, and the seventh comes from the last one."""
     generator = llama.generator()

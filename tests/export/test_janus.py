@@ -79,7 +79,8 @@ def test_the_decoder_holds_its_weights_once_and_no_head() -> None:
         assert not vocabularies & set(tensor.dims), tensor.name
     layers = result.model.model.language_model.layers
     expected = sum(one.numel() for one in layers.parameters())
-    stored = sum(int(np.prod(one.dims)) for one in graph.initializer)
+    tensors = [one for one in graph.initializer if not one.name.startswith("rotary.")]
+    stored = sum(int(np.prod(one.dims)) for one in tensors)
     assert expected <= stored < 1.05 * expected
 
 

@@ -41,7 +41,7 @@ def _config(name: str, **changes: Any) -> Any:
 
 FAMILIES: dict[str, Callable[[], Any]] = {
     "gpt2": lambda: _config("GPT2", scale_attn_by_inverse_layer_idx=True),
-    "llama": lambda: _config("Llama"),
+    "llama": lambda: _config("Llama", head_dim=16),
     "llama-tied": lambda: _config("Llama", tie_word_embeddings=True, attention_bias=True),
     "llama3-rope": lambda: _config(
         "Llama",

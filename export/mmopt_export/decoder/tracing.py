@@ -18,6 +18,7 @@ from mmopt_export.decoder.passes import (
     transpose_weights,
 )
 from mmopt_export.decoder.prelude import add_prelude
+from mmopt_export.decoder.rotation import rotate_in_attention, tabulate_rotations
 from mmopt_export.graph import OPSET, quiet, strip_metadata
 from mmopt_export.parts import Part
 from mmopt_export.providers import get_target
@@ -67,6 +68,8 @@ def trace_decoder(part: Part, target: str) -> onnx_ir.Model:
     program.optimize()
     model = program.model
     _name_values(model, part)
+    if "total" in part.limits:
+        tabulate_rotations(model, part.limits["total"])
     add_prelude(model, tokens, trim=target != "cuda")
     split_gemms(model)
     sink_transposes(model)
@@ -74,6 +77,7 @@ def trace_decoder(part: Part, target: str) -> onnx_ir.Model:
     if get_target(target).contrib:
         fuse_skip_norms(model)
         pack_projections(model)
+        rotate_in_attention(model)
     hoist_last_token(model)
     RemoveUnusedNodesPass()(model)
     model.opset_imports["com.microsoft"] = 1

@@ -105,7 +105,7 @@ def bench_export(benchmark: Any, tiny_bert: Any, tmp_path: Path, precision: str)
 
 # ---------------------------------------------------------------- beside others
 
-ROUNDS = 15
+PROCESSES, ROUNDS = 3, 5
 
 SHAPES = tuple(f"{batch}x{length}" for batch, length in ENCODER_SHAPES)
 
@@ -138,8 +138,10 @@ def runs(case: str) -> dict[str, dict[str, tuple[list[float], Any]]]:
         if not isinstance(said, str)
     }
     if case == "encoder":
-        return in_turns(case, folders, SHAPES, rounds=ROUNDS, once=["sentences"])
-    return in_turns(case, folders, ["prefill", "decode"], rounds=ROUNDS)
+        options: dict[str, Any] = {"warm": 2, "once": ["sentences"]}
+        return in_turns(case, folders, SHAPES, rounds=ROUNDS, processes=PROCESSES, **options)
+    actions = ["prefill", "decode"]
+    return in_turns(case, folders, actions, rounds=ROUNDS, processes=PROCESSES)
 
 
 def found(case: str, peer: str) -> dict[str, tuple[list[float], Any]]:

@@ -452,11 +452,16 @@ def in_turns(
     actions: Sequence[str],
     *,
     rounds: int,
+    processes: int,
+    warm: int = 0,
     once: Sequence[str] = (),
 ) -> dict[str, dict[str, tuple[list[float], Any]]]:
     """Run every action of every peer, one after the other, in another order each round.
 
     Args:
+        rounds: in each process.
+        processes: that a peer has, one after the other: where its memory lies makes 5% and more.
+        warm: runs right before the one that counts, as in a process that has nothing else to do.
         once: actions of which only the answer is wanted.
 
     Returns:
@@ -466,22 +471,25 @@ def in_turns(
     found: dict[str, dict[str, tuple[list[float], Any]]] = {
         name: {action: ([], None) for action in (*actions, *once)} for name in folders
     }
-    with ExitStack() as stack:
-        peers = {name: Peer(case, name, folder) for name, folder in folders.items()}
-        for peer in peers.values():
-            stack.callback(peer.close)
-        for name, peer in peers.items():
-            for action in once:
-                found[name][action] = ([], peer.run(action)[1])
-        for action in actions:
+    for process in range(processes):
+        with ExitStack() as stack:
+            peers = {name: Peer(case, name, folder) for name, folder in folders.items()}
             for peer in peers.values():
-                for _ in range(2):  # the first runs of a shape plan memory and pack weights
-                    peer.run(action)
-            for _ in range(rounds):
-                for name in generator.permutation(list(peers)):
-                    seconds, answer = peers[name].run(action)
-                    found[name][action][0].append(seconds)
-                    found[name][action] = (found[name][action][0], answer)
+                stack.callback(peer.close)
+            for name, peer in peers.items():
+                for action in once if process == 0 else ():
+                    found[name][action] = ([], peer.run(action)[1])
+            for action in actions:
+                for peer in peers.values():
+                    for _ in range(2):  # the first runs of a shape plan memory and pack weights
+                        peer.run(action)
+                for _ in range(rounds):
+                    for name in generator.permutation(list(peers)):
+                        for _ in range(warm):
+                            peers[name].run(action)
+                        seconds, answer = peers[name].run(action)
+                        found[name][action][0].append(seconds)
+                        found[name][action] = (found[name][action][0], answer)
     return found
 
 

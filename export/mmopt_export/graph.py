@@ -5,14 +5,18 @@ import io
 import logging
 import warnings
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import onnx_ir
 import torch
 import transformers
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from mmopt_export.checkpoint import quiet_transformers
+from mmopt_export.decoder.passes import drop_reshapes
+from mmopt_export.encoders import fused_attention
 from mmopt_export.manifest import TensorSpec
 from mmopt_export.parts import Part
 from mmopt_export.repairs import repair
@@ -61,8 +65,10 @@ def trace(part: Part, *, target: str) -> onnx_ir.Model:
     what = _architecture(module)
     if part.name != MODEL:
         what = f"the {part.name} of {what}"
+    # Of the fused ops this one alone is tested where the artifact runs.
+    attention = fused_attention(module, part.inputs) if target == "cpu" else nullcontext(False)
     try:
-        with quiet():
+        with quiet(), attention as fused:
             exported = OnnxExporter().export(module, dict(part.inputs), config=config)
     except Exception as error:  # whatever it is, the model could not be traced
         raise MmoptError(f"{what} could not be traced: {one_line(error, 500)}") from error
@@ -71,6 +77,9 @@ def trace(part: Part, *, target: str) -> onnx_ir.Model:
     repair(graph)
     strip_metadata(graph)
     _name_dimensions(graph, part)
+    if fused:
+        drop_reshapes(graph)
+        RemoveUnusedNodesPass()(graph)
     return graph
 
 

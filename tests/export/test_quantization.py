@@ -248,6 +248,8 @@ def test_only_a_spiked_input_has_its_outliers_taken_out(tmp_path: Path) -> None:
     record = quantize(branches(tmp_path / "fp32.onnx"), tmp_path / "int8.onnx", DYNAMIC, uniform(3))
     assert record["outliers"]["matmuls"] == ["spiked_matmul"]
     assert 7 in record["outliers"]["channels"]["y"]
+    assert record["outliers"]["scale_lent"] == {}
+    assert "Gather" in ops(tmp_path / "int8.onnx")
     assert record["matmuls"] == ops(tmp_path / "int8.onnx").count("MatMulInteger") == 2
     # Nothing else is left behind.
     assert sorted(path.name for path in tmp_path.iterdir()) == [
@@ -268,10 +270,72 @@ def test_without_outliers_the_small_values_beside_a_spike_survive(
     exact = run(source, x)[1][1:]
     errors = {}
     for name, limit in (("split", 0.05), ("whole", np.inf)):
-        monkeypatch.setattr("mmopt_export.quantization.dynamic.MAX_NOISE", limit)
+        monkeypatch.setattr("mmopt_export.quantization.outliers.MAX_NOISE", limit)
         quantize(source, tmp_path / f"{name}.onnx", DYNAMIC, [x])
         errors[name] = relative(run(tmp_path / f"{name}.onnx", x)[1][1:], exact)
     assert errors["split"] < 0.02 < 0.2 < errors["whole"]
+
+
+def feed_forward(path: Path, activation: str = "Gelu") -> Path:
+    """`act(x @ a + c) @ b`, with one hidden channel some twenty times as large as the others."""
+    a, c = rng(0).standard_normal((48, 64), np.float32), np.zeros(64, np.float32)
+    a[:, 5] *= 20.0
+    c[5] = 20.0
+    b = rng(1).standard_normal((64, 24), np.float32)
+    b[5] *= 0.01  # so that the others are not lost beside it in the result
+    weights = {"a": a, "c": c, "b": b}
+    domain = "com.microsoft" if activation == "Gelu" else ""
+    nodes = [
+        helper.make_node("MatMul", ["x", "a"], ["product"], "up"),
+        helper.make_node("Add", ["product", "c"], ["hidden"], "up_bias"),
+        helper.make_node(activation, ["hidden"], ["active"], "act", domain=domain),
+        helper.make_node("MatMul", ["active", "b"], ["y"], "down"),
+    ]
+    return write(path, nodes, {"x": ["rows", 48]}, ["y"], weights)
+
+
+@pytest.mark.parametrize("activation", ["Gelu", "Relu", "Tanh"])
+def test_outliers_of_an_activation_are_computed_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, activation: str
+) -> None:
+    """The large channel is not there in int8, and the sum of both is what it was."""
+    source, (x,) = feed_forward(tmp_path / "fp32.onnx", activation), uniform(1, 48)
+    errors = {}
+    for name, limit in (("beside", 0.001), ("whole", np.inf)):
+        monkeypatch.setattr("mmopt_export.quantization.outliers.MAX_NOISE", limit)
+        record = quantize(source, tmp_path / f"{name}.onnx", DYNAMIC, [x])
+        errors[name] = relative(run(tmp_path / f"{name}.onnx", x)[0], run(source, x)[0])
+        if name == "beside":
+            assert record["outliers"]["computed_beside"] == ["active"]
+            assert 5 in record["outliers"]["channels"]["active"] or activation == "Tanh"
+            assert "Gather" not in ops(tmp_path / "beside.onnx")
+    # No value of Tanh is large.
+    assert errors["beside"] < (1.0 if activation == "Tanh" else 0.5) * errors["whole"]
+
+
+def test_a_few_times_larger_channels_lend_their_scale_to_the_weight(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Six times is little for a row of eight bits; 200 times, as above, is too much."""
+    weights = {"spikes": np.ones(200, np.float32), "b": rng(1).standard_normal((200, 24))}
+    weights["spikes"][7], weights["b"] = 6.0, weights["b"].astype(np.float32)
+    nodes = [
+        helper.make_node("Mul", ["x", "spikes"], ["y"], "spike"),
+        helper.make_node("MatMul", ["y", "b"], ["z"], "spiked_matmul"),
+    ]
+    source = write(tmp_path / "fp32.onnx", nodes, {"x": ["rows", 200]}, ["z"], weights)
+    (x,) = uniform(1)
+    x["x"] **= 9  # most values are small beside the largest, as behind a normalization
+    x["x"][0] = 1.0
+    errors = {}
+    for name, limit in (("lent", 0.001), ("whole", np.inf)):
+        monkeypatch.setattr("mmopt_export.quantization.outliers.MAX_NOISE", limit)
+        record = quantize(source, tmp_path / f"{name}.onnx", DYNAMIC, [x])
+        errors[name] = relative(run(tmp_path / f"{name}.onnx", x)[0], run(source, x)[0])
+        if name == "lent":
+            assert record["outliers"]["scale_lent"]["y"] == pytest.approx(6.0, rel=0.1)
+            assert "Gather" not in ops(tmp_path / "lent.onnx")
+    assert errors["lent"] < 0.7 * errors["whole"]
 
 
 def test_onnxruntime_fuses_each_int8_matmul_with_its_bias(tmp_path: Path) -> None:
@@ -326,11 +390,13 @@ def test_the_cpu_rewrites_change_the_graph_and_not_its_results(tmp_path: Path) -
     x = {"x": rng(9).standard_normal((2, 5, 32), np.float32)}
     expected = run(source, x)
     # Kept in fp32, so that only the rewrites are left of it.
-    quantize(source, tmp_path / "out.onnx", dataclasses.replace(DYNAMIC, keep=("project",)), [x])
+    kept = dataclasses.replace(DYNAMIC, keep=("project_0", "project_1", "project_2"))
+    quantize(source, tmp_path / "out.onnx", kept, [x])
     made = ops(tmp_path / "out.onnx")
     assert "SkipLayerNormalization" not in made
     assert "BiasGelu" not in made
-    assert made.index("Add") < made.index("Split"), "the biases are added after the split"
+    assert made.count("MatMul") == 3, "a packed projection is split after"
+    assert "Split" not in made
     np.testing.assert_allclose(run(tmp_path / "out.onnx", x)[0], expected[0], rtol=1e-4, atol=1e-4)
 
 

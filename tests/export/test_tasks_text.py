@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from mmopt_export import ExportReport, Runner, export, load_checkpoint
+from mmopt_export.graph import trace
+from mmopt_export.tasks import make_plan
 from mmopt_kernels.errors import InputError, MmoptError
 from tiny_encoders import save_text_encoder
 
@@ -65,6 +67,26 @@ def test_a_classifier_of_each_family_gives_pytorchs_logits(family: str, tmp_path
         expected = logits_of(model, **feeds)
         assert np.ptp(expected) > 0.05
         np.testing.assert_allclose(runner.run(feeds)["logits"], expected, atol=5e-5)
+
+
+def test_attention_with_a_mask_of_padding_is_one_op_and_any_other_stays(tmp_path: Path) -> None:
+    counts = {}
+    for family in ("Bert", "ModernBert"):  # whose local layers see a window
+        checkpoint = load_checkpoint(
+            str(save_text_encoder(tmp_path / family, family, "ForSequenceClassification")),
+            adapt="merge",
+        )
+        (part,) = make_plan(checkpoint, task=None, calibration=None).parts
+        for target in ("cpu", "portable"):
+            nodes = [node.op_type for node in trace(part, target=target).graph]
+            counts[family, target] = nodes.count("MultiHeadAttention")
+    layers = checkpoint.model.config.num_hidden_layers
+    assert counts == {
+        ("Bert", "cpu"): layers,
+        ("Bert", "portable"): 0,
+        ("ModernBert", "cpu"): 0,
+        ("ModernBert", "portable"): 0,
+    }
 
 
 @pytest.mark.slow

@@ -13,9 +13,7 @@ from mmopt_export.quantization.blockwise import (
     quantize_tables,
 )
 from mmopt_export.quantization.dynamic import (
-    MAX_NOISE,
     dynamic_candidates,
-    outlier_channels,
     quantize_embeddings,
     quantize_matmuls,
 )
@@ -25,6 +23,12 @@ from mmopt_export.quantization.measuring import (
     input_stats,
     require_samples,
     sensitivities,
+)
+from mmopt_export.quantization.outliers import (
+    MAX_NOISE,
+    compute_beside,
+    lend_scale,
+    outlier_channels,
 )
 from mmopt_export.quantization.recipe import NothingToQuantizeError, Recipe
 from mmopt_export.quantization.rewrites import rewrite_for_cpu
@@ -150,8 +154,12 @@ def _dynamic(
     chosen = [weight for weight in weights if weight.name not in recipe.keep]
     stats = input_stats(model, folder, chosen, feeds) if chosen else {}
     outliers = outlier_channels(stats)
-    split = sorted(weight.name for weight in chosen if str(weight.x.name) in outliers)
-    quantize_matmuls(model.graph, chosen, outliers)
+    taken = sorted(weight.name for weight in chosen if str(weight.x.name) in outliers)
+    beside = compute_beside(model.graph, chosen, outliers)
+    rest = {name: which for name, which in outliers.items() if name not in beside}
+    lent = lend_scale(model.graph, _again(model.graph, chosen), rest, stats)
+    rest = {name: which for name, which in rest.items() if name not in lent}
+    quantize_matmuls(model.graph, _again(model.graph, chosen), rest)
     tables = quantize_embeddings(model.graph) if recipe.embeddings else []
     _require_something(recipe, weights, tables)
     return {
@@ -160,11 +168,19 @@ def _dynamic(
         "embeddings": {"tables": tables, "type": "int8 per tensor"},
         "matmuls": len(chosen),
         "outliers": {
-            "matmuls": split,
+            "matmuls": taken,
             "channels": {name: list(which) for name, which in sorted(outliers.items())},
+            "computed_beside": sorted(beside),
+            "scale_lent": dict(sorted(lent.items())),
             "activation_noise_above": MAX_NOISE,
         },
     }
+
+
+def _again(graph: onnx_ir.Graph, weights: Sequence[Weight]) -> list[Weight]:
+    """The same matmuls of a graph that was changed."""
+    names = {weight.name for weight in weights}
+    return [weight for weight in dynamic_candidates(graph) if weight.name in names]
 
 
 def _weights(

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import onnx_ir
 
-from mmopt_export.quantization.measuring import InputStats
+from mmopt_export.quantization.outliers import add_product, split
 from mmopt_export.quantization.storage import Array, Group, row_pieces
 from mmopt_export.quantization.weights import (
     Weight,
@@ -18,30 +18,7 @@ from mmopt_export.quantization.weights import (
     replace,
 )
 
-# An input of matmuls is quantized with one scale until the rounding that this brings, relative to
-# the input (`InputStats.noise`), is above this. In MiniLM and in the demo's classifier inputs after
-# normalizations and in attention are at 0.02 to 0.04, and those of feed-forward blocks, whose few
-# large values stretch the scale, at 0.05 to 0.1 (docs/lab-notes.md).
-MAX_NOISE = 0.05
-# So many channels, those with the largest values over the samples, are taken out of a noisy input
-# and multiplied in fp32. On all-MiniLM-L6-v2 with 160 docstrings this takes the mean cosine of
-# embeddings from 0.9923 to 0.9967 (32 channels: 0.9969; the 9 noisy matmuls in fp32 altogether:
-# 0.9975) and costs 2 to 11% of the time. Int8 blocks of 128 for these matmuls (MatMulNBits), which
-# was the scheme before, give 0.9979 and cost 28 to 40%: one thread of an AMD EPYC with
-# AVX512-VNNI, 1 x 128, 8 x 128 and 32 x 64 tokens, processor time.
-OUTLIERS = 8
-
 _INT8, _FLOAT = onnx_ir.DataType.INT8, onnx_ir.DataType.FLOAT
-
-
-def outlier_channels(stats: Mapping[str, InputStats]) -> dict[str, Sequence[int]]:
-    """The channels to take out of each noisy input, by its name."""
-    return {
-        name: sorted(np.argsort(-each.extremes, kind="stable")[:OUTLIERS].tolist())
-        for name, each in stats.items()
-        # Where they are not few among many, one scale is as good for the others.
-        if each.noise > MAX_NOISE and len(each.extremes) >= 4 * OUTLIERS
-    }
 
 
 def quantize_matmuls(
@@ -60,15 +37,15 @@ def quantize_matmuls(
             that the scale of the others need not reach them.
     """
     quantized: dict[onnx_ir.Value, onnx_ir.Node] = {}
-    split: dict[onnx_ir.Value, tuple[onnx_ir.Value, onnx_ir.Value]] = {}
+    parts: dict[onnx_ir.Value, tuple[onnx_ir.Value, onnx_ir.Value]] = {}
     for weight in weights:
         x, name, (k, n) = weight.x, weight.name, weight.shape
         channels = (outliers or {}).get(str(x.name))
         if channels:
-            if x not in split:
-                split[x] = _split(graph, weight, channels)
-            x, large = split[x]
-            _add_outliers(graph, weight, large, channels)
+            if x not in parts:
+                parts[x] = split(graph, weight, channels)
+            x, large = parts[x]
+            add_product(graph, weight, large, channels)
         if x not in quantized:
             dynamic = onnx_ir.node(
                 "DynamicQuantizeLinear", [x], num_outputs=3, name=f"{x.name}_quantize"
@@ -88,58 +65,6 @@ def quantize_matmuls(
         scaled = onnx_ir.node("Mul", [cast.outputs[0], scale.outputs[0]], name=name)
         replace(weight.node, [product, cast, scale, scaled])
     remove_unused(graph)
-
-
-def _split(
-    graph: onnx_ir.Graph, weight: Weight, channels: Sequence[int]
-) -> tuple[onnx_ir.Value, onnx_ir.Value]:
-    """The input with zeros in the place of its outliers, and these alone."""
-    x, k = weight.x, weight.shape[0]
-    others = np.ones(k, np.float32)
-    others[list(channels)] = 0.0
-    mask = initializer(graph, onnx_ir.Tensor(others, name=f"{x.name}_others"))
-    which = initializer(
-        graph, onnx_ir.Tensor(np.array(channels, np.int64), name=f"{x.name}_outliers")
-    )
-    nodes = [
-        onnx_ir.node("Mul", [x, mask], name=f"{x.name}_without_outliers"),
-        onnx_ir.node("Gather", [x, which], {"axis": -1}, name=f"{x.name}_only_outliers"),
-    ]
-    for node in nodes:
-        node.outputs[0].name, node.outputs[0].dtype = node.name, _FLOAT
-    nodes[0].outputs[0].shape = x.shape
-    graph.insert_before(weight.node, nodes)
-    return nodes[0].outputs[0], nodes[1].outputs[0]
-
-
-def _add_outliers(
-    graph: onnx_ir.Graph, weight: Weight, large: onnx_ir.Value, channels: Sequence[int]
-) -> None:
-    """Add `large @ w[channels]` to the matmul's result, behind a bias, which is fused with it."""
-    rows = Group(lambda: (np.ascontiguousarray(weight.array()[list(channels)]),))
-    shape = (len(channels), weight.shape[1])
-    part = initializer(graph, rows.tensor(0, f"{weight.name}_outlier_rows", _FLOAT, shape))
-    product = onnx_ir.node("MatMul", [large, part], name=f"{weight.name}_outliers")
-    result = weight.node.outputs[0]
-    uses = list(result.uses())
-    if len(uses) == 1 and uses[0].node.op_type == "Add" and not result.is_graph_output():
-        add = uses[0].node
-        if any(v is not None and v.is_initializer() for v in add.inputs):
-            result = add.outputs[0]
-    behind = list(result.uses())
-    total = onnx_ir.node("Add", [result, product.outputs[0]], name=f"{weight.name}_total")
-    out = total.outputs[0]
-    out.type, out.shape = result.type, result.shape
-    producer = result.producer()
-    assert producer is not None
-    graph.insert_after(producer, [product, total])
-    for use in behind:
-        use.node.replace_input_with(use.idx, out)
-    if result.is_graph_output():
-        # The name of an output is a promise: it moves to the sum.
-        name = result.name
-        result.name, out.name = f"{name}_without_outliers", name
-        graph.outputs[list(graph.outputs).index(result)] = out
 
 
 def quantize_embeddings(graph: onnx_ir.Graph) -> list[str]:

@@ -19,6 +19,8 @@ from mmopt_export.quantization.weights import Weight, initializer, read
 # large values stretch the scale, at 0.05 to 0.1 (docs/lab-notes.md).
 MAX_NOISE = 0.05
 # So many channels, those with the largest values over the samples, are taken out of a noisy input.
+# On all-MiniLM-L6-v2 with 160 docstrings this takes the mean cosine of embeddings from 0.9923 to
+# 0.9969; one channel would take it to 0.9962, and all noisy matmuls in fp32 to 0.9975.
 OUTLIERS = 8
 # An input lends its scale to the weight where no channel is more than so many times larger than the
 # others: the weight's rows grow as much, and with 8 bits they have as little to spare.

@@ -5,7 +5,7 @@ Exact: bytes, nodes and initializers of the graph, memory that ONNX Runtime uses
 The slow ones hold exported models beside those of others on this machine's CPU: a Llama of 124M
 against onnxruntime-genai, all-MiniLM-L6-v2 against transformers' exporters and OpenVINO. Every peer
 has a process of its own, and they take turns; a peer that is not installed is skipped with its
-reason (`pip install onnxruntime-genai openvino nncf`). About 20 minutes on 2 cores:
+reason (`pip install onnxruntime-genai openvino nncf`). About 15 minutes on 2 cores:
 `mmopt bench run bench/bench_export.py -k peers -- -m slow`.
 """
 

@@ -97,7 +97,7 @@ CODE = re.compile(r"`[^`\n]*`")
 COMMENT = re.compile(r"<!--\s*measured:\s*(\S+)(.*)-->\s*\Z", re.DOTALL)
 FUNCTIONS = {
     "abs": abs, "exp": math.exp, "len": len, "list": list, "max": max, "median": statistics.median,
-    "min": min, "round": round, "sum": sum,
+    "min": min, "round": round, "sum": sum, "zip": zip,
 }  # fmt: skip
 
 

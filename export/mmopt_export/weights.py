@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.modeling_utils import str_to_torch_dtype
 
 from mmopt_kernels import Int8Weight, NF4Weight, dequantize_nf4
 from mmopt_kernels.errors import InputError, KernelInputError
@@ -130,6 +129,9 @@ def stored_tensors(files: list[Path]) -> dict[str, StoredTensor]:
     Raises:
         InputError: a tensor of a type that torch does not have.
     """
+    # Large, and whoever only measures or runs an artifact imports this module too.
+    from transformers.modeling_utils import str_to_torch_dtype
+
     found = {}
     for path in files:
         with path.open("rb") as file:

@@ -70,6 +70,7 @@ def test_tokens_of_text_and_of_images_equal_transformers() -> None:
     assert pixels.max_abs < 1e-4
 
 
+@pytest.mark.slow
 def test_the_decoder_holds_its_weights_once_and_no_head() -> None:
     """Text and images go through the same graph, which has neither vocabulary."""
     result = exported("janus")
@@ -84,6 +85,7 @@ def test_the_decoder_holds_its_weights_once_and_no_head() -> None:
     assert expected <= stored < 1.05 * expected
 
 
+@pytest.mark.slow
 def test_a_drawing_equals_generate_from_text() -> None:
     """Text gets the token that begins an image; bytes are those of the image processor."""
     result = exported("janus")

@@ -69,24 +69,20 @@ def test_a_classifier_of_each_family_gives_pytorchs_logits(family: str, tmp_path
         np.testing.assert_allclose(runner.run(feeds)["logits"], expected, atol=5e-5)
 
 
-def test_attention_with_a_mask_of_padding_is_one_op_and_any_other_stays(tmp_path: Path) -> None:
-    counts = {}
-    for family in ("Bert", "ModernBert"):  # whose local layers see a window
-        checkpoint = load_checkpoint(
-            str(save_text_encoder(tmp_path / family, family, "ForSequenceClassification")),
-            adapt="merge",
-        )
-        (part,) = make_plan(checkpoint, task=None, calibration=None).parts
-        for target in ("cpu", "portable"):
-            nodes = [node.op_type for node in trace(part, target=target).graph]
-            counts[family, target] = nodes.count("MultiHeadAttention")
-    layers = checkpoint.model.config.num_hidden_layers
-    assert counts == {
-        ("Bert", "cpu"): layers,
-        ("Bert", "portable"): 0,
-        ("ModernBert", "cpu"): 0,
-        ("ModernBert", "portable"): 0,
-    }
+@pytest.mark.parametrize(
+    ("family", "target", "ops"),
+    [("Bert", "cpu", 1), ("Bert", "portable", 0), ("ModernBert", "cpu", 0)],
+)
+def test_attention_with_a_mask_of_padding_is_one_op_and_any_other_stays(
+    family: str, target: str, ops: int, tmp_path: Path
+) -> None:
+    """The local layers of ModernBert see a window."""
+    changes = {"num_hidden_layers": 1} if family == "Bert" else {}
+    model = save_text_encoder(tmp_path / "model", family, "ForSequenceClassification", **changes)
+    checkpoint = load_checkpoint(str(model), adapt="merge")
+    (part,) = make_plan(checkpoint, task=None, calibration=None).parts
+    nodes = [node.op_type for node in trace(part, target=target).graph]
+    assert nodes.count("MultiHeadAttention") == ops
 
 
 @pytest.mark.slow

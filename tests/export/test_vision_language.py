@@ -107,6 +107,7 @@ def test_tokens_are_others_where_images_are_placed_like_text(
     assert generator.generate(prompts, pictures, max_new_tokens=24, eos=()).tokens != right
 
 
+@pytest.mark.slow
 def test_blocks_of_gemma_see_forward() -> None:
     """With causal ends the graph writes something else: blocks are not lost."""
     result = exported("gemma3")

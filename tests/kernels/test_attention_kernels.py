@@ -493,7 +493,14 @@ def test_unaligned_tensors_are_loaded_through_pointers(
         torch.testing.assert_close(after[name], value, atol=2e-2, rtol=2e-2)
 
 
-@pytest.mark.parametrize("case", PLAIN[-4:], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=() if index < 2 else pytest.mark.slow)
+        for index, case in enumerate(PLAIN[-4:])
+    ],
+    ids=str,
+)
 def test_dk_and_dv_of_two_launches_are_those_of_one(case: Case) -> None:
     x = make(case)
     both = run(case, x)

@@ -359,7 +359,13 @@ COMPILED = {
 }
 
 
-@pytest.mark.parametrize("case", COMPILED)
+QUICK = ("causal", "packed-sliding")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(one, marks=() if one in QUICK else pytest.mark.slow) for one in COMPILED],
+)
 def test_one_compiled_graph_serves_every_length(case):
     """fullgraph, dynamic: no break, and an error on any recompile; forward and backward.
 

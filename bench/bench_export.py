@@ -137,11 +137,16 @@ def runs(case: str) -> dict[str, dict[str, tuple[list[float], Any]]]:
         for name, said in builds(case).items()
         if not isinstance(said, str)
     }
-    if case == "encoder":
-        options: dict[str, Any] = {"warm": 2, "once": ["sentences"]}
-        return in_turns(case, folders, SHAPES, rounds=ROUNDS, processes=PROCESSES, **options)
-    actions = ["prefill", "decode"]
-    return in_turns(case, folders, actions, rounds=ROUNDS, processes=PROCESSES)
+    encoder = case == "encoder"
+    return in_turns(
+        case,
+        folders,
+        SHAPES if encoder else ("prefill", "decode"),
+        rounds=ROUNDS,
+        processes=PROCESSES,
+        warm=2 if encoder else 0,
+        once=("sentences",) if encoder else (),
+    )
 
 
 def found(case: str, peer: str) -> dict[str, tuple[list[float], Any]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import itertools
 import json
 import os
 import runpy
@@ -476,20 +477,18 @@ def in_turns(
             peers = {name: Peer(case, name, folder) for name, folder in folders.items()}
             for peer in peers.values():
                 stack.callback(peer.close)
-            for name, peer in peers.items():
-                for action in once if process == 0 else ():
-                    found[name][action] = ([], peer.run(action)[1])
+            if process == 0:
+                for name, action in itertools.product(peers, once):
+                    found[name][action] = ([], peers[name].run(action)[1])
             for action in actions:
-                for peer in peers.values():
-                    for _ in range(2):  # the first runs of a shape plan memory and pack weights
-                        peer.run(action)
-                for _ in range(rounds):
-                    for name in generator.permutation(list(peers)):
-                        for _ in range(warm):
-                            peers[name].run(action)
-                        seconds, answer = peers[name].run(action)
-                        found[name][action][0].append(seconds)
-                        found[name][action] = (found[name][action][0], answer)
+                for name, _ in itertools.product(peers, range(2)):
+                    peers[name].run(action)  # the first runs of a shape plan memory, pack weights
+                turns = (generator.permutation(list(peers)) for _ in range(rounds))
+                for name in itertools.chain.from_iterable(turns):
+                    for _ in range(warm):
+                        peers[name].run(action)
+                    seconds, answer = peers[name].run(action)
+                    found[name][action] = ([*found[name][action][0], seconds], answer)
     return found
 
 

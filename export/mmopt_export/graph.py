@@ -65,7 +65,7 @@ def trace(part: Part, *, target: str) -> onnx_ir.Model:
     what = _architecture(module)
     if part.name != MODEL:
         what = f"the {part.name} of {what}"
-    # Of the fused ops this one alone is tested where the artifact runs.
+    # For CUDA it stays with the exporter's fusions: nobody has run the op there.
     attention = fused_attention(module, part.inputs) if target == "cpu" else nullcontext(False)
     try:
         with quiet(), attention as fused:

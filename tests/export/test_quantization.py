@@ -313,6 +313,35 @@ def test_outliers_of_an_activation_are_computed_beside_it(
     assert errors["beside"] < (1.0 if activation == "Tanh" else 0.5) * errors["whole"]
 
 
+def test_layers_that_share_their_weights_have_outliers_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As those of ALBERT: one weight, and another large channel in each layer."""
+    a, b = (
+        rng(0).standard_normal((48, 64), np.float32),
+        rng(1).standard_normal((64, 24), np.float32),
+    )
+    weights: Arrays = {"a": a, "b": b}
+    nodes = []
+    for index, channel in enumerate((5, 9)):
+        weights[f"c{index}"] = np.zeros(64, np.float32)
+        weights[f"c{index}"][channel] = 100.0
+        names = [f"{name}{index}" for name in ("product", "hidden", "active", "y")]
+        nodes += [
+            helper.make_node("MatMul", ["x", "a"], names[:1], f"up{index}"),
+            helper.make_node("Add", [names[0], f"c{index}"], [names[1]], f"bias{index}"),
+            helper.make_node("Relu", [names[1]], [names[2]], f"act{index}"),
+            helper.make_node("MatMul", [names[2], "b"], [names[3]], f"down{index}"),
+        ]
+    source = write(tmp_path / "fp32.onnx", nodes, {"x": ["rows", 48]}, ["y0", "y1"], weights)
+    monkeypatch.setattr("mmopt_export.quantization.outliers.MAX_NOISE", 0.001)
+    (x,) = uniform(1, 48)
+    record = quantize(source, tmp_path / "int8.onnx", DYNAMIC, [x])
+    assert record["outliers"]["computed_beside"] == ["active0", "active1"]
+    for got, expected in zip(run(tmp_path / "int8.onnx", x), run(source, x), strict=True):
+        assert relative(got, expected) < 0.01
+
+
 def test_a_few_times_larger_channels_lend_their_scale_to_the_weight(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

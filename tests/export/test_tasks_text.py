@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mmopt_export import ExportReport, Runner, export, load_checkpoint
+from mmopt_export.encoders import fused_attention
 from mmopt_export.graph import trace
 from mmopt_export.tasks import make_plan
 from mmopt_kernels.errors import InputError, MmoptError
@@ -83,6 +84,31 @@ def test_attention_with_a_mask_of_padding_is_one_op_and_any_other_stays(
     (part,) = make_plan(checkpoint, task=None, calibration=None).parts
     nodes = [node.op_type for node in trace(part, target=target).graph]
     assert nodes.count("MultiHeadAttention") == ops
+
+
+def test_a_mask_that_is_made_only_where_there_is_padding_is_met_before_the_trace(
+    tmp_path: Path,
+) -> None:
+    """Such a model attends without a mask to an example of nothing but real tokens."""
+    folder = save_text_encoder(
+        tmp_path / "model", "Bert", "ForSequenceClassification", num_hidden_layers=1
+    )
+    model = load_checkpoint(str(folder), adapt="merge").model
+
+    class Own(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+            own = None if attention_mask.all() else attention_mask[:, None, None].bool()
+            return self.model(input_ids=input_ids, attention_mask=own).logits
+
+    inputs = {name: torch.ones(2, 5, dtype=torch.int64) for name in ("input_ids", "attention_mask")}
+    with fused_attention(Own(), inputs) as fused:
+        assert not fused
+    with fused_attention(model, inputs) as fused:
+        assert fused
 
 
 @pytest.mark.slow

@@ -4,13 +4,18 @@ The trace computes sines and cosines of the tokens at hand in every step, and ro
 keys by a node each. Decode steps are short: each node that is not there is time that is not spent.
 """
 
+import tempfile
+from pathlib import Path
+
 import numpy as np
 import onnx_ir
 from onnx_ir import Node, Value
 from onnx_ir.convenience import extract
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from mmopt_export.placement import CPU
 from mmopt_export.quantization.weights import initializer
+from mmopt_export.runtime import MODEL_NAME, open_session
 
 POSITIONS = "position_ids"
 """The input of the traced graph, int64 `[B, S]`."""
@@ -38,7 +43,7 @@ def tabulate_rotations(model: onnx_ir.Model, positions: int) -> None:
     tensors = [one.const_value for one in graph.initializers.values()]
     weights = sum(tensor.nbytes for tensor in tensors if tensor is not None)
     for number, pair in enumerate(pairs):
-        arrays = _tables(graph, ids, pair, positions + 1, max(_SMALL, weights // _PART))
+        arrays = _tables(model, ids, pair, positions + 1, max(_SMALL, weights // _PART))
         if arrays is None:
             continue
         names = (f"rotary.{number}.cos", f"rotary.{number}.sin")
@@ -54,7 +59,7 @@ def tabulate_rotations(model: onnx_ir.Model, positions: int) -> None:
 
 
 def _tables(
-    graph: onnx_ir.Graph,
+    model: onnx_ir.Model,
     ids: Value,
     pair: tuple[Value | None, Value | None],
     rows: int,
@@ -68,17 +73,13 @@ def _tables(
     if not isinstance(width, int) or 8 * rows * width > most:
         return None
     try:
-        made = extract(graph, [ids], [cos, sin])
+        made = extract(model.graph, [ids], [cos, sin])
     except ValueError:  # of other inputs as well
         return None
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    part = onnx_ir.to_proto(onnx_ir.Model(made, ir_version=10))
-    session = onnxruntime.InferenceSession(
-        part.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch, MODEL_NAME)
+        onnx_ir.save(onnx_ir.Model(made, ir_version=model.ir_version), file)
+        session = open_session(file, provider=CPU)
     arrays = session.run(None, {POSITIONS: np.arange(rows, dtype=np.int64)[None]})
     return [array.astype(np.float32) for array in arrays]
 

@@ -24,12 +24,7 @@ from mmopt_export.quantization.measuring import (
     require_samples,
     sensitivities,
 )
-from mmopt_export.quantization.outliers import (
-    MAX_NOISE,
-    compute_beside,
-    lend_scale,
-    outlier_channels,
-)
+from mmopt_export.quantization.outliers import relieve
 from mmopt_export.quantization.recipe import NothingToQuantizeError, Recipe
 from mmopt_export.quantization.rewrites import rewrite_for_cpu
 from mmopt_export.quantization.static import quantize_static, quiet
@@ -108,11 +103,12 @@ def layer_sensitivities(
                 rewrite_for_cpu(model)
                 weights = dynamic_candidates(model.graph)
                 _require_something(recipe, weights)
-                outliers = outlier_channels(input_stats(model, source.parent, weights, feeds))
+                stats = input_stats(model, source.parent, weights, feeds)
+                weights, rest, _ = relieve(model.graph, weights, stats)
 
                 def twin(weights: Sequence[Weight]) -> None:
                     # A twin's result has no bias behind it and is only compared.
-                    quantize_matmuls(model.graph, weights, outliers)
+                    quantize_matmuls(model.graph, weights, rest)
 
                 return sensitivities(model, folder, weights, twin, feeds)
             weights = blockwise_candidates(model.graph)
@@ -153,13 +149,8 @@ def _dynamic(
     _require_nodes(recipe, [weight.name for weight in weights])
     chosen = [weight for weight in weights if weight.name not in recipe.keep]
     stats = input_stats(model, folder, chosen, feeds) if chosen else {}
-    outliers = outlier_channels(stats)
-    taken = sorted(weight.name for weight in chosen if str(weight.x.name) in outliers)
-    beside = compute_beside(model.graph, chosen, outliers)
-    rest = {name: which for name, which in outliers.items() if name not in beside}
-    lent = lend_scale(model.graph, _again(model.graph, chosen), rest, stats)
-    rest = {name: which for name, which in rest.items() if name not in lent}
-    quantize_matmuls(model.graph, _again(model.graph, chosen), rest)
+    chosen, rest, outliers = relieve(model.graph, chosen, stats)
+    quantize_matmuls(model.graph, chosen, rest)
     tables = quantize_embeddings(model.graph) if recipe.embeddings else []
     _require_something(recipe, weights, tables)
     return {
@@ -167,20 +158,8 @@ def _dynamic(
         "activations": "uint8 per tensor at run time",
         "embeddings": {"tables": tables, "type": "int8 per tensor"},
         "matmuls": len(chosen),
-        "outliers": {
-            "matmuls": taken,
-            "channels": {name: list(which) for name, which in sorted(outliers.items())},
-            "computed_beside": sorted(beside),
-            "scale_lent": dict(sorted(lent.items())),
-            "activation_noise_above": MAX_NOISE,
-        },
+        "outliers": outliers,
     }
-
-
-def _again(graph: onnx_ir.Graph, weights: Sequence[Weight]) -> list[Weight]:
-    """The same matmuls of a graph that was changed."""
-    names = {weight.name for weight in weights}
-    return [weight for weight in dynamic_candidates(graph) if weight.name in names]
 
 
 def _weights(

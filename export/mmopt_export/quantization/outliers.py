@@ -5,13 +5,14 @@ time; a few times larger ones lend their scale to the weight; the rest is multip
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir
 
 from mmopt_export.quantization.measuring import InputStats
 from mmopt_export.quantization.storage import Array, Group
-from mmopt_export.quantization.weights import Weight, initializer, read
+from mmopt_export.quantization.weights import Weight, find_weights, initializer, read
 
 # An input of matmuls is quantized with one scale until the rounding that this brings, relative to
 # the input (`InputStats.noise`), is above this. In MiniLM and in the demo's classifier inputs after
@@ -41,7 +42,45 @@ def outlier_channels(stats: Mapping[str, InputStats]) -> dict[str, Sequence[int]
     }
 
 
-def compute_beside(
+def relieve(
+    graph: onnx_ir.Graph, weights: Sequence[Weight], stats: Mapping[str, InputStats]
+) -> tuple[list[Weight], dict[str, Sequence[int]], dict[str, Any]]:
+    """Take outliers out of the inputs of matmuls where that is cheap, in place.
+
+    In fp32 the results stay what they were.
+
+    Args:
+        weights: the matmuls.
+        stats: of their inputs, by name.
+
+    Returns:
+        The matmuls as they are now, the channels by input that are still to be split off, and the
+        record for the manifest.
+    """
+    outliers = outlier_channels(stats)
+    noisy = sorted(weight.name for weight in weights if str(weight.x.name) in outliers)
+    beside = _compute_beside(graph, weights, outliers)
+    rest = {name: which for name, which in outliers.items() if name not in beside}
+    weights = _again(graph, weights)
+    lent = _lend_scale(graph, weights, rest, stats)
+    rest = {name: which for name, which in rest.items() if name not in lent}
+    record = {
+        "matmuls": noisy,
+        "channels": {name: list(which) for name, which in sorted(outliers.items())},
+        "computed_beside": sorted(beside),
+        "scale_lent": dict(sorted(lent.items())),
+        "activation_noise_above": MAX_NOISE,
+    }
+    return _again(graph, weights), rest, record
+
+
+def _again(graph: onnx_ir.Graph, weights: Sequence[Weight]) -> list[Weight]:
+    """The same matmuls of a graph that was changed."""
+    names = {weight.name for weight in weights}
+    return [weight for weight in find_weights(graph, gemm=False) if weight.name in names]
+
+
+def _compute_beside(
     graph: onnx_ir.Graph, weights: Sequence[Weight], outliers: Mapping[str, Sequence[int]]
 ) -> list[str]:
     """Take channels out of activations by not computing them there, in place.
@@ -49,32 +88,25 @@ def compute_beside(
     Of `f(a @ W + b) @ V` the columns of W and b that make them become zero, and so do they;
     `f(a @ W[:, channels] + b[channels]) @ V[channels]` is added to the result.
 
-    Args:
-        weights: the matmuls; those whose weight is changed have to be found again.
-        outliers: as `outlier_channels` gives them.
-
     Returns:
         The names of the inputs that this was done for.
     """
     done = []
     for weight in weights:
         channels = outliers.get(str(weight.x.name))
-        if not channels or len(weight.x.uses()) != 1:
-            continue
-        activation = _only(weight.x, _ACTIVATIONS)
+        activation = _only(weight.x, _ACTIVATIONS) if channels else None
         add = _only(activation.inputs[0], ("Add",)) if activation is not None else None
-        bias = _constant(add, 1) if add is not None else None
-        product = _other(add, bias) if add is not None and bias is not None else None
-        first = _only(product, ("MatMul",))
-        if activation is None or add is None or bias is None or first is None:
+        bias = _constant(add, weight.shape[0]) if add is not None else None
+        first = _only(_other(add, bias), ("MatMul",)) if add is not None and bias else None
+        matrix = first.inputs[1] if first is not None else None
+        if not channels or activation is None or add is None or bias is None:
             continue
-        matrix = first.inputs[1]
-        if matrix is None or matrix.const_value is None or len(matrix.const_value.shape) != 2:
+        if first is None or matrix is None or matrix.const_value is None:
             continue
-        parts = [_parted(graph, value, channels) for value in (matrix, bias)]
+        name = f"{weight.x.name}_outliers"
+        parts = [_parted(graph, value, channels, name) for value in (matrix, bias)]
         first.replace_input_with(1, parts[0][0])
         add.replace_input_with(list(add.inputs).index(bias), parts[1][0])
-        name = f"{weight.x.name}_outliers"
         nodes = [onnx_ir.node("MatMul", [first.inputs[0], parts[0][1]], name=f"{name}_product")]
         nodes.append(onnx_ir.node("Add", [nodes[0].outputs[0], parts[1][1]], name=f"{name}_bias"))
         nodes.append(
@@ -94,16 +126,13 @@ def compute_beside(
     return done
 
 
-def lend_scale(
+def _lend_scale(
     graph: onnx_ir.Graph,
     weights: Sequence[Weight],
     outliers: Mapping[str, Sequence[int]],
     stats: Mapping[str, InputStats],
 ) -> dict[str, float]:
     """Divide the channels of inputs that are a few times larger, and multiply the weights' rows.
-
-    Args:
-        weights: the matmuls, all of any input's; they have to be found again.
 
     Returns:
         The largest factor of each input that this was done for, by its name.
@@ -194,11 +223,12 @@ def _only(value: onnx_ir.Value | None, kinds: Sequence[str]) -> onnx_ir.Node | N
     return producer if producer is not None and producer.op_type in kinds else None
 
 
-def _constant(node: onnx_ir.Node, rank: int) -> onnx_ir.Value | None:
-    """The constant of so many dimensions among a node's inputs."""
+def _constant(node: onnx_ir.Node, size: int) -> onnx_ir.Value | None:
+    """The constant vector of that size among a node's inputs."""
     for value in node.inputs:
-        if value is not None and value.is_initializer() and value.const_value is not None:
-            return value if len(value.const_value.shape) == rank else None
+        tensor = value.const_value if value is not None and value.is_initializer() else None
+        if tensor is not None and tuple(tensor.shape.numpy()) == (size,):
+            return value
     return None
 
 
@@ -208,18 +238,21 @@ def _other(node: onnx_ir.Node, value: onnx_ir.Value) -> onnx_ir.Value | None:
 
 
 def _parted(
-    graph: onnx_ir.Graph, value: onnx_ir.Value, channels: Sequence[int]
+    graph: onnx_ir.Graph, value: onnx_ir.Value, channels: Sequence[int], name: str
 ) -> tuple[onnx_ir.Value, onnx_ir.Value]:
-    """A constant with zeros in some of its last dimension, and these alone."""
+    """A constant with zeros in some of its last dimension, and these alone.
+
+    Args:
+        name: whose outliers they are: layers may share a weight and differ in these.
+    """
     tensor = value.const_value
     assert tensor is not None
     shape = tuple(int(one) for one in tensor.shape.numpy())
-    whole, few = Group(_without, tensor, channels), Group(_chosen, tensor, channels)
+    few = (*shape[:-1], len(channels))
+    others, chosen = Group(_without, tensor, channels), Group(_chosen, tensor, channels)
     return (
-        initializer(graph, whole.tensor(0, f"{value.name}_others", _FLOAT, shape)),
-        initializer(
-            graph, few.tensor(0, f"{value.name}_few", _FLOAT, (*shape[:-1], len(channels)))
-        ),
+        initializer(graph, others.tensor(0, f"{name}.{value.name}_others", _FLOAT, shape)),
+        initializer(graph, chosen.tensor(0, f"{name}.{value.name}", _FLOAT, few)),
     )
 
 

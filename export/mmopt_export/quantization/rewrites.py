@@ -15,6 +15,8 @@ from mmopt_export.quantization.weights import (
 )
 from mmopt_export.repairs import spell_out
 
+# Queries, keys and values: of many parts each would be a matmul too small to be fast.
+_MOST_PARTS = 3
 _NORMS = {
     "SkipLayerNormalization": "LayerNormalization",
     "SkipSimplifiedLayerNormalization": "SimplifiedLayerNormalization",
@@ -30,8 +32,8 @@ def rewrite_for_cpu(model: onnx_ir.Model) -> dict[str, int]:
       ONNX Runtime fuses an `Add` in that place again.
     - The bias of `BiasGelu` is added by the matmul before it, where it costs nothing.
     - A packed projection of queries, keys and values has to be split again, which copies all of
-      them: three smaller matmuls take 2.61 ms for 32 x 64 x 384 in int8 on two threads, the packed
-      one 2.65 and its Split 0.48.
+      them: three smaller matmuls take as long as the packed one, and the Split a sixth of that
+      (docs/lab-notes.md).
 
     Returns:
         How many of each were taken apart.
@@ -113,23 +115,19 @@ def _unpack_projections(graph: onnx_ir.Graph) -> int:
         sizes = split.inputs[1].const_value if len(split.inputs) > 1 and split.inputs[1] else None
         axis = attribute(split, "axis", 0)
         rank = len(product.shape) if product.shape is not None else 0
-        if sizes is None or axis not in (-1, rank - 1):
+        if sizes is None or sizes.size > _MOST_PARTS or axis not in (-1, rank - 1):
             continue
-        ends = np.cumsum(sizes.numpy()).tolist()
-        group = Group(_columns, weight.tensor, ends)
+        widths = sizes.numpy().tolist()
+        group = Group(_columns, weight.tensor, np.cumsum(widths[:-1]).tolist())
         nodes = []
-        for index, (part, end) in enumerate(zip(split.outputs, ends, strict=True)):
-            width = end - (ends[index - 1] if index else 0)
-            columns = initializer(
-                graph,
-                group.tensor(
-                    index,
-                    f"{weight.value.name}_{index}",
-                    onnx_ir.DataType.FLOAT,
-                    (weight.shape[0], width),
-                ),
+        for index, (part, width) in enumerate(zip(split.outputs, widths, strict=True)):
+            shape = (weight.shape[0], width)
+            columns = group.tensor(
+                index, f"{weight.value.name}_{index}", onnx_ir.DataType.FLOAT, shape
             )
-            node = onnx_ir.node("MatMul", [weight.x, columns], name=f"{weight.name}_{index}")
+            node = onnx_ir.node(
+                "MatMul", [weight.x, initializer(graph, columns)], name=f"{weight.name}_{index}"
+            )
             out = node.outputs[0]
             out.type, out.shape = part.type, part.shape
             onnx_ir.convenience.replace_all_uses_with(part, out, replace_graph_outputs=True)
@@ -141,4 +139,4 @@ def _unpack_projections(graph: onnx_ir.Graph) -> int:
 
 
 def _columns(tensor: onnx_ir.TensorProtocol, ends: list[int]) -> tuple[Array, ...]:
-    return tuple(np.ascontiguousarray(one) for one in np.split(read(tensor), ends[:-1], axis=1))
+    return tuple(np.ascontiguousarray(one) for one in np.split(read(tensor), ends, axis=1))

@@ -93,7 +93,14 @@ def test_each_step_of_the_chain_prints_one_document_and_keeps_the_accuracy(
     verified = run("verify", f"{tmp_path}/out", "--data", str(texts), "--json")
     accuracy = json.loads(trained.stdout)["test_accuracy"]
     assert json.loads(verified.stdout)["accuracy"] == accuracy
-    compiled = run("compile", str(classifier), *adapter, "--length", "8", "--rounds", "2", "--json")
+
+
+@pytest.mark.slow  # in a process of this test's: test_compile_command.py
+def test_compile_prints_one_document_from_a_process_of_its_own(
+    classifier: Path, adapter: Path
+) -> None:
+    arguments = ("--adapter", str(adapter), "--length", "8", "--rounds", "2", "--json")
+    compiled = run("compile", str(classifier), *arguments)
     assert compiled.returncode == 0, compiled.stderr
     document = json.loads(compiled.stdout)
     assert document["graph_breaks"] == []

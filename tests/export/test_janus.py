@@ -107,6 +107,7 @@ def test_a_drawing_equals_generate_from_text() -> None:
     assert np.abs(drawing.images.astype(int) - images.astype(int)).max() <= 1
 
 
+@pytest.mark.slow
 def test_guidance_and_words_decide_what_is_drawn() -> None:
     """Otherwise equal tokens would prove nothing of the second row of each prompt."""
     generator = exported("janus").generator()

@@ -353,6 +353,7 @@ def test_bad_usage_is_one_message_and_exit_2(
     assert said in " ".join(ran.stderr.split())
 
 
+@pytest.mark.slow
 def test_a_slow_setup_does_not_run_away_with_the_budget(repository: Repository) -> None:
     """A call of a microsecond behind a setup of 5 ms: not thousands of calls for one slice."""
     repository.commit(

@@ -17,6 +17,42 @@ FP16 = Recipe("fp16", "half", floats="fp16")
 BF16 = Recipe("bf16", "half", floats="bf16")
 
 
+# Some of what has a CUDA kernel in onnxruntime-gpu 1.31.1 at opset 20, and none of it in bf16.
+WITHOUT_BF16 = {
+    "AveragePool",
+    "Clip",
+    "Conv",
+    "Cos",
+    "CumSum",
+    "Einsum",
+    "Equal",
+    "Floor",
+    "Greater",
+    "GreaterOrEqual",
+    "Less",
+    "LessOrEqual",
+    "Log",
+    "LogSoftmax",
+    "NonZero",
+    "Pad",
+    "Range",
+    "Reciprocal",
+    "ReduceMax",
+    "ReduceMin",
+    "Resize",
+    "Sin",
+    "Softplus",
+    "TopK",
+}
+
+
+def evaluate(path: Path, feeds: Arrays) -> list[np.ndarray]:
+    """What ONNX's reference evaluator finds: ONNX Runtime has no bf16 on the CPU."""
+    from onnx.reference import ReferenceEvaluator
+
+    return [np.asarray(each) for each in ReferenceEvaluator(onnx.load(path)).run(None, feeds)]
+
+
 def types(path: Path) -> dict[str, int]:
     """The element type of each initializer and each node's first output."""
     graph = onnx.shape_inference.infer_shapes(onnx.load(path)).graph
@@ -45,8 +81,8 @@ def test_a_linear_layer_computes_in_half_between_fp32_inputs_and_outputs(tmp_pat
     assert relative(got, run(source, x)[0]) < 5e-3
 
 
-def norm_taken_apart(path: Path, *, kind: str) -> Path:
-    """A normalization in basic ops of 300 times larger values, behind a matmul."""
+def norm_taken_apart(path: Path, *, kind: str, behind: str = "MatMul") -> Path:
+    """A normalization in basic ops of 300 times larger values, behind a matmul or pooling."""
     weights: Arrays = {
         "w": rng().standard_normal((32, 32), np.float32) * 300,
         "two": np.array(2.0, np.float32),
@@ -56,6 +92,13 @@ def norm_taken_apart(path: Path, *, kind: str) -> Path:
         "out": rng(2).standard_normal((32, 8), np.float32),
     }
     nodes = [helper.make_node("MatMul", ["x", "w"], ["h"], "mm")]
+    if behind == "AveragePool":
+        nodes = [
+            helper.make_node("MatMul", ["x", "w"], ["m"], "mm"),
+            helper.make_node("Unsqueeze", ["m", "axes"], ["u"], "unsqueeze"),
+            helper.make_node("AveragePool", ["u"], ["p"], "pool", kernel_shape=[1]),
+            helper.make_node("Squeeze", ["p", "axes"], ["h"], "squeeze"),
+        ]
     if kind == "layer":
         nodes += [
             helper.make_node("ReduceMean", ["h", "axes"], ["mean"], "mean"),
@@ -86,8 +129,8 @@ def norm_taken_apart(path: Path, *, kind: str) -> Path:
 def test_a_normalization_taken_apart_does_not_overflow(tmp_path: Path, kind: str) -> None:
     source = norm_taken_apart(tmp_path / "fp32.onnx", kind=kind)
     record = quantize(source, tmp_path / "fp16.onnx", FP16)
-    # All of it, from the first reduction to the scale, and neither matmul.
-    assert record["fp32_nodes"] == (8 if kind == "layer" else 7)
+    # All of it, from the first reduction to the quotient; neither the scale nor a matmul.
+    assert record["fp32_nodes"] == (7 if kind == "layer" else 6)
     x = {"x": rng(3).standard_normal((4, 32), np.float32)}
     assert np.abs(x["x"] @ np.zeros((32, 1))).max() == 0
     expected = run(source, x)[0]
@@ -96,6 +139,46 @@ def test_a_normalization_taken_apart_does_not_overflow(tmp_path: Path, kind: str
     # A row of zeros has no variance: epsilon alone keeps it from 0 / 0.
     zeros = {"x": np.zeros((2, 32), np.float32)}
     assert np.array_equal(run(tmp_path / "fp16.onnx", zeros)[0], np.zeros((2, 8)))
+
+
+@pytest.mark.parametrize("recipe", [FP16, BF16], ids=["fp16", "bf16"])
+@pytest.mark.parametrize("kind", ["layer", "rms"])
+def test_the_weight_of_a_normalization_multiplies_in_half(
+    tmp_path: Path, recipe: Recipe, kind: str
+) -> None:
+    """ONNX Runtime fuses it to a normalization of one type: CUDA has no bf16 with fp32 weights."""
+    source = norm_taken_apart(tmp_path / "fp32.onnx", kind=kind)
+    quantize(source, tmp_path / "half.onnx", recipe)
+    found = types(tmp_path / "half.onnx")
+    half = TensorProto.FLOAT16 if recipe is FP16 else TensorProto.BFLOAT16
+    (scale,) = (n for n in onnx.load(tmp_path / "half.onnx").graph.node if n.name == "gamma_mul")
+    assert [found[name] for name in (*scale.input, *scale.output)] == [half] * 3
+    assert found["normal"] == TensorProto.FLOAT
+    x = {"x": rng(3).standard_normal((4, 32), np.float32)}
+    (got,) = evaluate(tmp_path / "half.onnx", x)
+    assert relative(got, run(source, x)[0]) < (5e-3 if recipe is FP16 else 2e-2)
+
+
+@pytest.mark.parametrize("kind", ["layer", "rms"])
+def test_the_weight_is_fp32_where_what_is_normalized_is(tmp_path: Path, kind: str) -> None:
+    """CUDA pools in no bf16, so that the fused normalization reads fp32: Gemma 3's projector."""
+    source = norm_taken_apart(tmp_path / "fp32.onnx", kind=kind, behind="AveragePool")
+    quantize(source, tmp_path / "bf16.onnx", BF16)
+    found = types(tmp_path / "bf16.onnx")
+    assert (found["m"], found["h"]) == (TensorProto.BFLOAT16, TensorProto.FLOAT)
+    assert (found["gamma"], found["scaled"]) == (TensorProto.FLOAT, TensorProto.FLOAT)
+
+
+def test_a_temperature_after_a_norm_stays_with_it(tmp_path: Path) -> None:
+    """One number is not the weight of a normalization: CLIP's logits are not rounded before it."""
+    weights = {"axes": np.array([-1]), "scale": np.array([100.0], np.float32)}
+    nodes = [
+        helper.make_node("ReduceL2", ["x", "axes"], ["norm"], "norm"),
+        helper.make_node("Div", ["x", "norm"], ["unit"], "div"),
+        helper.make_node("Mul", ["unit", "scale"], ["y"], "scale"),
+    ]
+    source = write(tmp_path / "fp32.onnx", nodes, {"x": ["rows", 8]}, ["y"], weights)
+    assert quantize(source, tmp_path / "fp16.onnx", FP16)["fp32_nodes"] == 3
 
 
 def masked(path: Path, lowest: float) -> Path:
@@ -211,8 +294,6 @@ def test_the_cache_takes_the_half_type_and_nothing_else_at_the_border(tmp_path: 
 
 
 def test_bf16_rounds_to_nearest_and_keeps_the_range_of_fp32(tmp_path: Path) -> None:
-    from onnx.reference import ReferenceEvaluator
-
     weights = {
         "w": rng().standard_normal((64, 16), np.float32),
         "large": np.array([1e30, -3.4e38], np.float32),
@@ -229,10 +310,86 @@ def test_bf16_rounds_to_nearest_and_keeps_the_range_of_fp32(tmp_path: Path) -> N
     error = np.abs(stored["w_bf16"].astype(np.float32) - weights["w"])
     assert (error <= np.abs(weights["w"]) * 2.0**-8).all()
     x = rng(1).standard_normal((3, 64), np.float32)
-    y, z = ReferenceEvaluator(model).run(None, {"x": x})
+    y, z = evaluate(tmp_path / "bf16.onnx", {"x": x})
     assert y.dtype == np.float32
     assert relative(y.astype(np.float32), x @ weights["w"]) < 2e-2
     assert np.isfinite(z.astype(np.float32)).all()
+
+
+@pytest.mark.parametrize("recipe", [FP16, BF16], ids=["fp16", "bf16"])
+def test_what_cuda_cannot_compute_in_bf16_is_fp32_in_bf16_alone(
+    tmp_path: Path, recipe: Recipe
+) -> None:
+    weights = {
+        "w": rng().standard_normal((16, 16), np.float32),
+        "one": np.array(1.0, np.float32),
+        "low": np.array(-2.0, np.float32),
+        "high": np.array(2.0, np.float32),
+        "out": rng(1).standard_normal((16, 4), np.float32),
+    }
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["h"], "mm"),
+        helper.make_node("Less", ["h", "one"], ["below"], "less"),
+        helper.make_node("Greater", ["h", "low"], ["above"], "greater"),
+        helper.make_node("And", ["below", "above"], ["inside"], "and"),
+        helper.make_node("Clip", ["h", "low", "high"], ["bounded"], "clip"),
+        helper.make_node("Where", ["inside", "bounded", "h"], ["chosen"], "where"),
+        helper.make_node("MatMul", ["chosen", "out"], ["y"], "mm_out"),
+    ]
+    source = write(tmp_path / "fp32.onnx", nodes, {"x": ["rows", 16]}, ["y"], weights)
+    record = quantize(source, tmp_path / "half.onnx", recipe)
+    assert record["fp32_nodes"] == (0 if recipe is FP16 else 3)
+    found = types(tmp_path / "half.onnx")
+    for node in onnx.load(tmp_path / "half.onnx").graph.node:
+        if node.name in ("less", "greater", "clip"):
+            half = TensorProto.FLOAT16 if recipe is FP16 else TensorProto.FLOAT
+            assert {found[name] for name in node.input} == {half}
+        elif node.name in ("mm", "where", "mm_out"):
+            assert TensorProto.FLOAT not in {found[name] for name in node.input}
+    x = {"x": rng(2).standard_normal((6, 16), np.float32)}
+    (got,) = evaluate(tmp_path / "half.onnx", x)
+    assert relative(got, run(source, x)[0]) < (5e-3 if recipe is FP16 else 3e-2)
+
+
+@pytest.fixture(scope="module", params=["bert", "llama"])
+def cuda_graph(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The fp32 graph that the export for CUDA starts from."""
+    import onnx_ir
+
+    folder = tmp_path_factory.mktemp(request.param)
+    if request.param == "llama":
+        from tiny_decoders import Exported, tiny_decoder
+
+        file: Path = Exported(tiny_decoder("llama"), folder, target="cuda").file
+        return file
+    from mmopt_export.checkpoint import load_checkpoint
+    from mmopt_export.graph import trace
+    from mmopt_export.tasks import make_plan
+    from tiny_encoders import save_text_encoder
+
+    source = save_text_encoder(folder / "source", "Bert", "ForSequenceClassification")
+    (part,) = make_plan(load_checkpoint(str(source))).parts
+    onnx_ir.save(trace(part, target="cuda"), folder / "model.onnx", external_data="model.data")
+    return folder / "model.onnx"
+
+
+def test_an_export_for_cuda_has_no_bf16_where_cuda_has_no_kernel(
+    cuda_graph: Path, tmp_path: Path
+) -> None:
+    import onnx_ir
+
+    quantize(cuda_graph, tmp_path / "bf16.onnx", BF16)
+    half, graph = onnx_ir.DataType.BFLOAT16, onnx_ir.load(tmp_path / "bf16.onnx").graph
+    reads = {
+        node.op_type
+        for node in graph
+        if any(value is not None and value.dtype == half for value in node.inputs)
+    }
+    assert "MatMul" in reads
+    assert not reads & WITHOUT_BF16
+    # What ONNX Runtime fuses to a normalization has no weight in fp32.
+    scales = [v for n in graph if n.op_type == "Mul" for v in n.inputs if v and v.is_initializer()]
+    assert {v.dtype for v in scales if v.shape is not None and len(v.shape) == 1} <= {half}
 
 
 def test_branches_are_refused_by_name(tmp_path: Path) -> None:

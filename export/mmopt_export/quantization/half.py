@@ -73,6 +73,89 @@ _FOLLOWS = frozenset(
         "Where",
     ]
 )
+# What ONNX Runtime's CUDA provider computes in bf16 at the opset of our exports, by domain. All
+# else stays fp32 in a bf16 graph: around bf16, unlike fp16, ONNX Runtime inserts no casts of its
+# own and refuses the graph.
+# Source: get_all_opkernel_def() of onnxruntime-gpu 1.31.1, the kernels of CUDAExecutionProvider for
+# opset 20 with tensor(bfloat16) among their types; without branches, sequences, random numbers and
+# the com.microsoft ops that no export holds. Conv, AveragePool, Sin, Cos and Softplus have bf16
+# from opset 22 on, TopK from 24 on.
+_BF16_KERNELS = {
+    "": frozenset(
+        [
+            "Abs",
+            "Add",
+            "Cast",
+            "Compress",
+            "Concat",
+            "ConstantOfShape",
+            "Div",
+            "Dropout",
+            "Erf",
+            "Exp",
+            "Expand",
+            "Flatten",
+            "Gather",
+            "GatherElements",
+            "GatherND",
+            "Gelu",
+            "Gemm",
+            "Identity",
+            "IsInf",
+            "IsNaN",
+            "LayerNormalization",
+            "MatMul",
+            "Max",
+            "Min",
+            "Mod",
+            "Mul",
+            "Neg",
+            "Pow",
+            "ReduceMean",
+            "ReduceSum",
+            "Relu",
+            "Reshape",
+            "ReverseSequence",
+            "ScatterElements",
+            "ScatterND",
+            "Shape",
+            "Sigmoid",
+            "Sign",
+            "SimplifiedLayerNormalization",
+            "Size",
+            "Slice",
+            "Softmax",
+            "Split",
+            "Sqrt",
+            "Squeeze",
+            "Sub",
+            "Sum",
+            "Tanh",
+            "Tile",
+            "Transpose",
+            "Trilu",
+            "Unsqueeze",
+            "Where",
+        ]
+    ),
+    "com.microsoft": frozenset(
+        [
+            "Attention",
+            "BiasGelu",
+            "FastGelu",
+            "FusedMatMul",
+            "GatherBlockQuantized",
+            "Gelu",
+            "GroupQueryAttention",
+            "MatMulNBits",
+            "MultiHeadAttention",
+            "QuickGelu",
+            "RotaryEmbedding",
+            "SkipLayerNormalization",
+            "SkipSimplifiedLayerNormalization",
+        ]
+    ),
+}
 _INTEGER_RESULT = {
     "Shape": onnx_ir.DataType.INT64,
     "Size": onnx_ir.DataType.INT64,
@@ -214,6 +297,8 @@ class _Conversion:
         return found
 
     def _stays_wide(self, node: onnx_ir.Node, constants: set[onnx_ir.Value]) -> bool:
+        if self.floats == "bf16" and not _computes_in_bf16(node):
+            return True
         if node.domain or node.op_type not in _WIDE | _FOLLOWS:
             return False
         if node.op_type in _WIDE:
@@ -222,6 +307,8 @@ class _Conversion:
             v for v in node.inputs if v is not None and v.dtype == _FLOAT and v not in constants
         ]
         if not inputs:
+            return False
+        if self._weighs(node, constants):
             return False
         # x - mean, x / deviation, x * reciprocal deviation: a normalization taken apart.
         if node.op_type in ("Sub", "Div", "Mul") and any(self._normalizes(v) for v in inputs):
@@ -235,6 +322,48 @@ class _Conversion:
             and producer is not None
             and producer.op_type in ("ReduceMean", "Sqrt", "Reciprocal", "ReduceL2", "Pow", "Clip")
         )
+
+    def _weighs(self, node: onnx_ir.Node, constants: set[onnx_ir.Value]) -> bool:
+        """Whether a node multiplies what is normalized in half by a weight for each channel.
+
+        ONNX Runtime fuses it with what is before it, casts included, to a normalization of the
+        value's type and the weight's: its CUDA provider has none of bf16 and fp32, either way.
+        """
+        if node.op_type != "Mul":
+            return False
+        a, b = node.inputs
+        for normal, weight in ((a, b), (b, a)):
+            if normal is None or weight not in constants:
+                continue
+            shape = weight.shape
+            if shape is None or len(shape) != 1 or shape[0] == 1:
+                continue
+            source = self._normalized(normal)
+            if source is not None and source not in self.wide:
+                return True
+        return False
+
+    def _normalized(self, value: onnx_ir.Value) -> onnx_ir.Value | None:
+        """The x of x / deviation, x * reciprocal deviation, or either of x - mean."""
+        producer = value.producer()
+        if producer is None or producer.op_type not in ("Div", "Mul") or value not in self.wide:
+            return None
+        x, by = producer.inputs
+        if x is None or by is None:
+            return None
+        if producer.op_type == "Mul":
+            if _is_reciprocal(x):
+                x, by = by, x
+            if not _is_reciprocal(by):
+                return None
+        if not self._normalizes(by):
+            return None
+        centred = x.producer()
+        if centred is not None and centred.op_type == "Sub":
+            before, mean = centred.inputs
+            if mean is not None and self._normalizes(mean):
+                return before
+        return x
 
     def _caches(self) -> set[onnx_ir.Value]:
         """Graph inputs and outputs that attention reads and writes in place."""
@@ -310,6 +439,24 @@ class _Conversion:
             array = np.zeros(1, np.float32) if fill is None else fill.value.numpy()
             tensor = onnx_ir.Tensor(_narrow(array, self.floats), dtype=self.type)
             node.attributes["value"] = onnx_ir.AttrTensor("value", tensor)
+
+
+def _computes_in_bf16(node: onnx_ir.Node) -> bool:
+    """Whether a node has no floats, or a kernel for them in bf16 on CUDA."""
+    if node.op_type in _BF16_KERNELS.get(node.domain, ()):
+        return True
+    return not any(v is not None and v.dtype == _FLOAT for v in (*node.inputs, *node.outputs))
+
+
+def _is_reciprocal(value: onnx_ir.Value) -> bool:
+    """1 / x, or x to a negative power."""
+    producer = value.producer()
+    if producer is None or producer.op_type != "Pow":
+        return producer is not None and producer.op_type == "Reciprocal"
+    exponent = producer.inputs[1]
+    if exponent is None or exponent.const_value is None:
+        return False
+    return bool((exponent.const_value.numpy() < 0).all())
 
 
 def _narrow(array: Array, floats: str) -> Array:

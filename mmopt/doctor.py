@@ -88,7 +88,7 @@ class Requirement:
 SUPPORT: tuple[Requirement, ...] = (
     Requirement("torch", ("torch",), "2.11"),
     Requirement("triton", ("triton",), "3.6", targets=("cuda",)),
-    Requirement("transformers", ("transformers",), "5.17"),
+    Requirement("transformers", ("transformers",), "5.24"),
     Requirement("peft", ("peft",), "0.20"),
     Requirement("accelerate", ("accelerate",), "1.15"),
     Requirement("onnx", ("onnx",), "1.21"),

@@ -182,6 +182,29 @@ def test_attention_matches_the_float64_oracle(case: Case, dtype: torch.dtype, im
         assert_near(got, expected, dtype)
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("scale", [-0.3, 0.0, 1e-30])
+def test_any_scale_matches_the_float64_oracle(
+    scale: float, softcap: float | None, impl: str
+) -> None:
+    """A negative one turns the largest score into the least; 0 makes all of them alike."""
+    q, k, v = inputs(Case(S=35, T=70, D=16), torch.float32)
+    wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    grad = torch.randn_like(q)
+    want, want_lse = reference(*wide, *[None] * 4, True, scale, softcap, 0.0)
+    wanted = torch.autograd.grad((want * grad.double()).sum(), wide)
+    out, lse = attention(
+        q, k, v, causal=True, scale=scale, softcap=softcap, return_lse=True, impl=impl
+    )
+    assert_near(out, want, torch.float32)
+    torch.testing.assert_close(lse.double(), want_lse, atol=1e-5, rtol=1e-5)
+    for got, expected in zip(
+        torch.autograd.grad((out * grad).sum(), (q, k, v)), wanted, strict=True
+    ):
+        assert_near(got, expected, torch.float32)
+
+
 LONG = [
     Case(B=1, Hq=8, Hkv=2, S=2048, T=2048, D=128, causal=True),
     Case(B=1, Hq=4, Hkv=4, S=2003, T=2003, D=72),

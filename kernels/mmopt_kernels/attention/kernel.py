@@ -70,7 +70,9 @@ def _attend(
 ):
     """Online softmax over the keys [i_start, i_end), in base 2: exp2 is one instruction.
 
-    Without MASKED every row of the tile sees every one of these keys, and all lie below T.
+    Without MASKED every row of the tile sees every one of these keys, and all lie below T. The
+    scale, which is positive, is left to the maximum and to one multiply-add before exp2; softcap
+    needs it earlier.
     """
     for i_n in range(i_start, i_end, BLOCK_N):
         o_n = i_n + tl.arange(0, BLOCK_N)
@@ -78,16 +80,17 @@ def _attend(
         b_k = load_rows(p_k, strides_k, i_b, i_hkv, i_n, T, D, BLOCK_N, BLOCK_D, MASKED, WIDEN, TMA)
         b_v = load_rows(p_v, strides_v, i_b, i_hkv, i_n, T, D, BLOCK_N, BLOCK_D, MASKED, WIDEN, TMA)
         # [BLOCK_M, BLOCK_N]
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
         if SOFTCAP:
-            b_s = tanh(b_s) * scale_cap
+            b_s = tanh(b_s * scale)
         if MASKED:
             m_s = (o_n[None, :] >= b_lo[:, None]) & (o_n[None, :] < b_hi[:, None])
             b_s = tl.where(m_s, b_s, float("-inf"))
-        b_new = tl.maximum(b_max, tl.max(b_s, 1))
+        step = scale_cap if SOFTCAP else scale
+        b_new = tl.maximum(b_max, tl.max(b_s, 1) * step)
         # A row that has seen no key yet: -inf - -inf would be NaN.
         b_ref = tl.where(b_new == float("-inf"), 0.0, b_new) if MASKED else b_new
-        b_p = tl.exp2(b_s - b_ref[:, None])
+        b_p = tl.exp2(b_s * step - b_ref[:, None])
         b_alpha = tl.exp2(b_max - b_ref)
         b_sum = b_sum * b_alpha + tl.sum(b_p, 1)
         b_acc = b_acc * b_alpha[:, None]
@@ -270,6 +273,9 @@ def launch(
     lse = q.new_empty(B, H, S, dtype=torch.float32)
     if q.numel() == 0:
         return out, lse
+    if not scale > 0:
+        # The kernel takes a positive one: its sign and its zero go to the queries.
+        q, scale = (-q, -scale) if scale < 0 else (q * scale, 1.0)
     lo, hi, bound_strides = both_bounds(lo, hi, T)
     threshold, scale_kept = dropout_scales(dropout_p)
     tma = has_tma(_triton.target(q.device)) and describable(q, k, v, out)

@@ -54,9 +54,9 @@ def row_bounds(
 def strides_of(stride_b, stride_h, stride_n, VECTOR: tl.constexpr):
     """In elements. VECTOR divides them, which Triton would not see of 72, say: only of 16."""
     if VECTOR > 1:
-        stride_b = tl.to_tensor(stride_b).to(tl.int64) * VECTOR
-        stride_h = tl.to_tensor(stride_h).to(tl.int64) * VECTOR
-        stride_n = tl.to_tensor(stride_n).to(tl.int64) * VECTOR
+        stride_b = tl.cast(stride_b, tl.int64) * VECTOR
+        stride_h = tl.cast(stride_h, tl.int64) * VECTOR
+        stride_n = tl.cast(stride_n, tl.int64) * VECTOR
     return stride_b, stride_h, stride_n
 
 

@@ -61,7 +61,7 @@ def lora_linear_reduce(
     loaded at once, because one after the other would wait for memory as often as there are parts.
     """
     # To int64 before it is multiplied: SPLITS M R may pass 2**31.
-    size = tl.to_tensor(M).to(tl.int64) * R
+    size = tl.cast(M, tl.int64) * R
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     m_o = o < size
     b_sum = tl.zeros([BLOCK], tl.float32)

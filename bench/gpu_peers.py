@@ -65,12 +65,13 @@ class Measured:
 
 
 def time_peers(
-    prepare: Mapping[str, Callable[[], Callable[[], Any]]], *, rounds: int
+    prepare: Mapping[str, Callable[[], Callable[[], Any]]], *, rounds: int, timer: str = TIMER
 ) -> dict[str, Measured | str]:
     """Time every peer against the others.
 
     Args:
         prepare: by peer, what makes its call, which must have run once; raises Unavailable.
+        timer: of `mmopt.measure.gpu_timing`.
 
     Returns:
         By peer, what was measured, or why it was not.
@@ -85,14 +86,14 @@ def time_peers(
             peaks[peer] = peak_allocated(calls[peer])
         except Unavailable as reason:
             found[peer] = str(reason)
-    timer = gpu_timer(TIMER)
+    clock = gpu_timer(timer)
     for peer in list(calls):
         try:
-            timer.prepare(calls[peer])  # one peer that cannot be captured must not end the others
+            clock.prepare(calls[peer])  # one peer that cannot be captured must not end the others
         except MmoptError as error:
             found[peer] = str(error)
             del calls[peer]
-    timings = time_variants(calls, rounds=rounds, timer=timer)
+    timings = time_variants(calls, rounds=rounds, timer=clock)
     return found | {peer: Measured(timing, peaks[peer]) for peer, timing in timings.items()}
 
 

@@ -7,18 +7,25 @@ against onnxruntime-genai, all-MiniLM-L6-v2 against transformers' exporters and 
 has a process of its own, and they take turns; a peer that is not installed is skipped with its
 reason (`pip install onnxruntime-genai openvino nncf`). About 15 minutes on 2 cores:
 `mmopt bench run bench/bench_export.py -k peers -- -m slow`.
+
+On a GPU, with `-m gpu`: ONNX Runtime's CUDA provider beside torch.compile, on models of the same
+sizes with random weights.
 """
 
 from __future__ import annotations
 
 import functools
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import export_gpu_cases as gpu_cases
+import gpu_peers
 import numpy as np
 import onnx
 import pytest
+import torch
 from export_peers import (
     DECODERS,
     ENCODER_SHAPES,
@@ -30,7 +37,7 @@ from export_peers import (
     in_turns,
     save_llama,
 )
-from gpu_peers import CLOCK
+from gpu_peers import CLOCK, Measured, time_peers
 
 from mmopt.measure.memory import ort_arena
 from mmopt.measure.timing import Timing
@@ -224,3 +231,66 @@ def build(benchmark: Any, case: str, peer: str) -> None:
         pytest.skip(said)
     benchmark.extra_info["peak_bytes"] = said["peak_bytes"]
     replay(benchmark, [said["seconds"]])
+
+
+# ---------------------------------------------------------------- beside torch.compile, on a GPU
+
+GPU_ROUNDS = 20
+# What a caller waits for: decoding has a part on the host, which no CUDA graph shows.
+GPU_TIMER = "host-inclusive"
+
+
+@functools.lru_cache(maxsize=1)
+def measured(case: gpu_cases.Case) -> dict[str, Measured | str]:
+    """Every peer, timed against the others; a string says why a peer is not among them."""
+    torch.compiler.reset()
+    peers = gpu_cases.ENCODER_PEERS if case.action == "embed" else gpu_cases.DECODER_PEERS
+    return time_peers(
+        {
+            peer: functools.partial(gpu_cases.runnable, case, build, gpu_peers.DEVICE)
+            for peer, build in peers.items()
+        },
+        rounds=GPU_ROUNDS,
+        timer=GPU_TIMER,
+    )
+
+
+def replay_measured(benchmark: Any, case: gpu_cases.Case, peer: str, unit: str, each: int) -> None:
+    """Hand over what a peer was measured at; `each`: units of a row in a call."""
+    result = measured(case)[peer]
+    if isinstance(result, str):
+        pytest.skip(result)
+    timing = result.timing
+    if case.action == "decode":
+        timing = replace(timing, samples=[seconds / case.new for seconds in timing.samples])
+        each = 1
+    benchmark.extra_info |= {
+        "timer": GPU_TIMER,
+        "case": str(case),
+        f"{unit}_per_s": case.batch * each / float(np.median(timing.samples)),
+    }
+    if peer == "mmopt":
+        report = gpu_cases.exported(gpu_cases.checkpoint(case), gpu_peers.DEVICE)
+        benchmark.extra_info["artifact"] = report.status
+    CLOCK.replay(benchmark, timing)
+
+
+@pytest.mark.gpu
+@pytest.mark.benchmark(timer=CLOCK)
+@pytest.mark.parametrize("peer", gpu_cases.ENCODER_PEERS)
+@pytest.mark.parametrize("case", gpu_cases.ENCODER_CASES, ids=gpu_cases.NAME)
+def bench_gpu_export_encoder(benchmark: Any, case: gpu_cases.Case, peer: str) -> None:
+    # Times ids to embeddings, both on the GPU, until it is done; compiled is what can be, before.
+    benchmark.group = f"gpu minilm {case.name}"
+    replay_measured(benchmark, case, peer, "sequences", 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.benchmark(timer=CLOCK)
+@pytest.mark.parametrize("peer", gpu_cases.DECODER_PEERS)
+@pytest.mark.parametrize("case", gpu_cases.DECODER_CASES, ids=gpu_cases.NAME)
+def bench_gpu_export_decoder(benchmark: Any, case: gpu_cases.Case, peer: str) -> None:
+    # Times a prompt up to the first new token, or one of the 32 tokens after it: a call decodes
+    # all of them. Caches are allocated before.
+    benchmark.group = f"gpu llama-124m {case.name}"
+    replay_measured(benchmark, case, peer, "tokens", case.length)

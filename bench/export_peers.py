@@ -221,8 +221,12 @@ START, NEW = 32, 64  # tokens before the decoding that is timed, and in it
 VOCABULARY = 32000
 
 
-def save_llama(folder: Path) -> Path:
-    """A Llama of 124M parameters with random weights and a tokenizer, saved once."""
+def save_llama(folder: Path, **changes: int) -> Path:
+    """A Llama of 124M parameters with random weights and a tokenizer, saved once.
+
+    Args:
+        changes: to its config.
+    """
     if (folder / "config.json").is_file():
         return folder
     import torch
@@ -230,21 +234,26 @@ def save_llama(folder: Path) -> Path:
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     torch.manual_seed(0)
+    sizes = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 768,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 12,
+        "max_position_embeddings": 2048,
+    }
     config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=768,
-        intermediate_size=2048,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        num_key_value_heads=12,
-        max_position_embeddings=2048,
+        **sizes | changes,
         # Wider than 0.02: greedy tokens are then far from ties.
         initializer_range=0.05,
         bos_token_id=1,
         eos_token_id=2,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
-    words = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{index}": index for index in range(3, 32000)}
+    words = {"<unk>": 0, "<s>": 1, "</s>": 2} | {
+        f"w{index}": index for index in range(3, config.vocab_size)
+    }
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import export_gpu_cases
 import gpu_peers
 import numpy as np
 import pytest
@@ -87,6 +88,16 @@ def test_a_peer_that_disagrees_or_fails_says_so() -> None:
         runnable(EMBED, other, "cpu")
     with pytest.raises(Unavailable, match="RuntimeError: no such kernel"):
         runnable(EMBED, broken, "cpu")
+
+
+def test_an_artifact_that_is_not_whole_on_the_device_is_not_timed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    placement = SimpleNamespace(lines=lambda: ["ArgMax ran on CPUExecutionProvider"])
+    report = SimpleNamespace(exit_code=1, status="failed", placement=(placement,))
+    monkeypatch.setattr(export_gpu_cases, "exported", lambda _model, _device: report)
+    with pytest.raises(Unavailable, match="the artifact is failed: ArgMax ran on CPU"):
+        runnable(PREFILL, DECODER_PEERS["mmopt"], "cpu")
 
 
 def test_the_cases_are_those_that_the_question_names() -> None:

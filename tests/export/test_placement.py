@@ -229,6 +229,28 @@ def test_promises_name_operators_that_exist_and_do_no_work_of_a_model() -> None:
     assert list(FUSED_OPERATORS) == sorted(FUSED_OPERATORS)
 
 
+def test_on_cuda_fp32_is_no_tf32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ONNX Runtime's default rounds fp32 products to 10 bits, and no proof of fp32 would hold."""
+    import onnxruntime
+
+    opened: list[Any] = []
+    loaded: list[str] = []
+
+    class Session:
+        def __init__(self, _model: str, _options: Any, *, providers: Any) -> None:
+            opened.append(providers)
+
+        def get_providers(self) -> list[str]:
+            return [CUDA, CPU]
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [CUDA, CPU])
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: loaded.append("CUDA"))
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+    open_session(tmp_path / "model.onnx", provider=CUDA)
+    assert opened == [[(CUDA, {"use_tf32": "0"})]]
+    assert loaded == ["CUDA"]
+
+
 @pytest.mark.gpu
 def test_on_cuda_shapes_are_on_the_cpu_and_nothing_else(tmp_path: Path) -> None:
     if not has_provider(CUDA):

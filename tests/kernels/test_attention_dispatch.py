@@ -81,11 +81,11 @@ def test_rules_are_followed_where_they_fit_and_can_be(target: str, step: str) ->
 @pytest.mark.usefixtures("built")
 @pytest.mark.parametrize("step", ["forward", "backward"])
 def test_shipped_table_hands_long_plain_calls_on_hopper_to_cudnn(step: str) -> None:
-    """As published figures have it; no other call leaves before a measurement says so."""
+    """As an H200 measured; no other call leaves before a measurement says so."""
     for target, dtype, causal in itertools.product(TARGETS, (FP32, BF16), (False, True)):
         with _triton.assuming(target):
             found = dispatch.fastest(step, *meta(16384, 16384, dtype=dtype), causal)
-            assert dispatch.fastest(step, *meta(512, 512, dtype=dtype), causal) is None
+            assert dispatch.fastest(step, *meta(256, 256, dtype=dtype), causal) is None
         assert found == ("cudnn" if target == "sm_90" and dtype == BF16 else None)
 
 

@@ -139,7 +139,7 @@ def test_flop_formula_counts_a_product_for_each_value() -> None:
 
 
 def test_unusable_arguments_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    weight = random_nf4(6, 64)
+    weight = to(random_nf4(6, 64), DEVICE)
     with pytest.raises(KernelInputError, match="weight is a Tensor, expected an NF4Weight"):
         dequantize_nf4(weight.packed)
     with pytest.raises(KernelInputError, match=r"dtype is torch\.int8, expected float16"):
@@ -152,7 +152,7 @@ def test_unusable_arguments_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
         dequantize_nf4(weight, torch.float64, impl="triton")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(KernelInputError, match="tensors are on cpu, expected a GPU"):
-        dequantize_nf4(weight, impl="triton")
+        dequantize_nf4(random_nf4(6, 64), impl="triton")
 
 
 def test_dequantizes_without_triton_and_without_bitsandbytes() -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from lora_oracle import DEVICE, SEED, Call, Case, call
+from packaging.version import Version
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -35,6 +36,8 @@ COMPILED = [
 @pytest.mark.parametrize(("case", "impl"), COMPILED, ids=lambda p: str(p))
 def test_one_compiled_graph_serves_varying_rows_and_scales(case: Case, impl: str) -> None:
     """fullgraph, and no recompilation when the number of rows or the scale changes."""
+    if case.form == "group" and Version(torch.__version__).release < (2, 13):
+        pytest.skip("torch 2.11 compiles anew for other floats in a list, and 2.13 does not")
     torch._dynamo.reset()
     made = call(case)
     fixed = made.projections

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-# Nothing may wait for a hub, and on a CPU Inductor must not start a pool of processes beside what is
-# timed. A GPU does not notice, and its cases would take minutes longer to compile.
+# Nothing may wait for a hub, and on a CPU Inductor must not start a pool of processes beside what
+# is timed. A GPU does not notice, and its cases would take minutes longer to compile.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 if not Path("/dev/nvidiactl").exists():

@@ -1,46 +1,105 @@
-"""What `make gpu` runs: the tests that need a GPU, then the GPU suites, whose result is kept.
+"""What `make gpu` runs, in parts, each of which keeps a result of its own.
+
+    python bench/gpu.py                          all of it: about an hour
+    python bench/gpu.py tests ops -o out         some parts, results into a folder
+    python bench/gpu.py ops -k "attention and images"
 
 Exit codes: 0 done, 1 a test failed, 3 there is no GPU or a benchmark could not run. Without a GPU
 nothing is written.
 """
 
+import argparse
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+
+from gpu_warm import compile_beforehand
 
 from mmopt.cli.output import progress_bar, stderr, stdout
 from mmopt.measure.gpu_timing import require_cuda
 from mmopt.measure.suites.run import run_suites, write_suite_report
+from mmopt_export.threads import usable_cores
 from mmopt_kernels.errors import MmoptError
 
 RESULTS = Path("bench/results")
+SUITES = {
+    "ops": ("bench_gpu.py", "bench_lora.py", "bench_linear_cross_entropy.py"),
+    "steps": ("bench_training_step.py",),
+    "exports": ("bench_export.py",),
+}
+# The tests of the ops, which run on a GPU unchanged; most of their time compiles.
+OPS = ("tests/kernels", "tests/test_attention_cases.py", "tests/test_lora_cases.py")
+# Each has a CUDA context, half a GiB of the GPU.
+MOST_PROCESSES = 14
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("parts", nargs="*", metavar="PART", help="tests, ops, steps, exports")
+    parser.add_argument("-k", default="", metavar="WORDS", help="of the suites, as pytest's -k")
+    parser.add_argument("-o", type=Path, default=RESULTS, metavar="FOLDER", help="for the results")
+    asked = parser.parse_args(arguments)
+    unknown = set(asked.parts) - {"tests", *SUITES}
+    if unknown:
+        parser.error(f"{', '.join(sorted(unknown))}: expected tests, {', '.join(SUITES)}")
+    parts = asked.parts or ["tests", *SUITES]
     try:
         require_cuda()
-        if subprocess.run([sys.executable, "-m", "pytest", "-m", "gpu"], check=False).returncode:
+        if "tests" in parts and not tests_pass():
             stderr.print("a test failed on the GPU; nothing was measured.", style="bold red")
             return 1
-        report = run_suites(["bench"], options=["-m", "gpu and not slow"], progress=progress_bar)
-        path = RESULTS / result_name(report.document["mmopt"]["fingerprint"]["gpus"])
-        write_suite_report(report, path)
+        for part in [one for one in parts if one != "tests"]:
+            measure(part, asked.k, asked.o)
     except MmoptError as error:
         stderr.print(f"error: {error}", style="bold red", markup=False, soft_wrap=True)
         return error.exit_code
+    return 0
+
+
+def processes() -> int:
+    return min(usable_cores(), MOST_PROCESSES)
+
+
+def tests_pass() -> bool:
+    """Those of the ops side by side, then one after the other what else is marked gpu."""
+    marked = [
+        str(path)
+        for path in sorted(Path("tests").rglob("test_*.py"))
+        if "mark.gpu" in path.read_text() and path.parent.name != "kernels"
+    ]
+    runs = (
+        [*OPS, "-m", "not slow", "-n", str(processes()), "--dist", "worksteal"],
+        [*marked, "-m", "gpu"],
+    )
+    return all(
+        subprocess.run([sys.executable, "-m", "pytest", "-q", *run], check=False).returncode == 0
+        for run in runs
+    )
+
+
+def measure(part: str, words: str, folder: Path) -> None:
+    """Run the suites of a part, and keep and show what they found."""
+    if part == "ops":
+        compile_beforehand(processes(), words)
+    options = ["-m", "gpu and not slow", *(["-k", words] if words else [])]
+    report = run_suites(
+        [f"bench/{name}" for name in SUITES[part]], options=options, progress=progress_bar
+    )
+    path = folder / result_name(part, report.document["mmopt"]["fingerprint"]["gpus"])
+    write_suite_report(report, path)
     stdout.print(report.render())
     for name, reason in report.document["mmopt"]["skipped"].items():
         stdout.print(f"not measured: {name}: {reason}", markup=False, soft_wrap=True)
     print(f"written to {path}")
-    return 0
 
 
-def result_name(gpus: list[str]) -> str:
-    """`nvidia-h100-80gb-hbm3-2026-11-24.json`: the first GPU and the day, in UTC."""
+def result_name(part: str, gpus: list[str]) -> str:
+    """`ops-nvidia-h100-80gb-hbm3-2026-11-24.json`: part, the first GPU and the day, in UTC."""
     gpu = re.sub(r"[^a-z0-9]+", "-", gpus[0].lower()).strip("-")
-    return f"{gpu}-{datetime.now(UTC):%Y-%m-%d}.json"
+    return f"{part}-{gpu}-{datetime.now(UTC):%Y-%m-%d}.json"
 
 
 if __name__ == "__main__":

@@ -187,8 +187,22 @@ def test_without_a_gpu_make_gpu_exits_3_and_writes_nothing() -> None:
 
 
 def test_a_gpu_result_is_named_for_its_gpu_and_day() -> None:
-    name = module(BENCH / "gpu.py").result_name(["NVIDIA H100 80GB HBM3"])
-    assert re.fullmatch(r"nvidia-h100-80gb-hbm3-\d{4}-\d\d-\d\d\.json", name)
+    name = module(BENCH / "gpu.py").result_name("ops", ["NVIDIA H100 80GB HBM3"])
+    assert re.fullmatch(r"ops-nvidia-h100-80gb-hbm3-\d{4}-\d\d-\d\d\.json", name)
+
+
+def test_what_is_compiled_beforehand_are_the_cases_of_the_suites() -> None:
+    """Once with each peer that compiles; words choose among the cases as they do in the suites."""
+    warm = importlib.import_module("gpu_warm")  # other processes import it too
+    found = warm.tasks("")
+    assert len(found) == len(set(found))
+    assert {suite for suite, *_ in found} == {"attention", "lora", "losses"}
+    few = warm.tasks("attention and images-4k")
+    assert [(suite, direction) for suite, _, direction, peer in few if peer == "flex"] == [
+        ("attention", "forward"),
+        ("attention", "forward+backward"),
+    ]
+    warm.compile_beforehand(1, "images-4k", run=len)  # each task reaches a process
 
 
 def test_samples_of_our_timers_reach_pytest_benchmark_unchanged(

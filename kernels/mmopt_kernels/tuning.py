@@ -276,7 +276,8 @@ def tune(
         call: runs the op that launches the kernel, with the arguments to tune for. Everything else
             that it does is timed too, alike for every candidate.
         folder: where the table and a file with all timings go; MMOPT_TABLES by default.
-        clock: milliseconds that a call takes; the median of ``triton.testing.do_bench`` by default.
+        clock: milliseconds that a call takes; by default those of the call as a CUDA graph, without
+            what its launches cost the host (``triton.testing.do_bench_cudagraph``, the median).
         gpu: its name; that of the current CUDA device by default.
 
     Raises:
@@ -293,7 +294,7 @@ def tune(
         raise InputError(f"tune: no candidates for {kernel}, expected at least one.")
     for index, config in enumerate(candidates):
         _check_config(kernel, config, f"tune: candidate {index}")
-    clock = clock or _do_bench
+    clock = clock or _graph_milliseconds
     key: Key | None = None
     timings: list[tuple[Config, float | str]] = []
     for config in candidates:
@@ -314,10 +315,10 @@ def tune(
     return _write(Path(folder), key, best, timings, gpu or torch.cuda.get_device_name())
 
 
-def _do_bench(call: Callable[[], object]) -> float:
-    from triton.testing import do_bench
+def _graph_milliseconds(call: Callable[[], object]) -> float:
+    from triton.testing import do_bench_cudagraph
 
-    return float(do_bench(call, return_mode="median"))
+    return float(do_bench_cudagraph(call, return_mode="median"))
 
 
 def _skipped() -> tuple[type[Exception], ...]:

@@ -36,7 +36,7 @@ _INTEGERS = (onnx_ir.DataType.INT32, onnx_ir.DataType.INT64)
 
 
 def keep_on_device(graph: onnx_ir.Model) -> None:
-    """Replace what CUDA has no kernel for, and copies of sizes by kernels that write them, in place.
+    """Replace what CUDA has no kernel for, and copies of sizes by kernels writing them, in place.
 
     - ArgMax of integers, which CLIP finds the end of a text with, has no kernel on CUDA.
     - A size that is computed on the host and compared with tensors is copied there. Range reads its
@@ -64,7 +64,9 @@ def _spell_out_argmax(graph: onnx_ir.Graph, node: onnx_ir.Node) -> None:
     ArgMax of floats has a kernel, but nothing says which of several maxima it takes.
     """
     source, old = node.inputs[0], node.outputs[0]
-    assert source is not None and source.shape is not None
+    assert source is not None
+    assert source.shape is not None
+    assert source.dtype is not None
     rank = len(source.shape)
     axis = node.attributes.get_int("axis", 0) % rank
     new = _Builder(graph, node)
@@ -88,9 +90,7 @@ def _write_sizes(graph: onnx_ir.Graph) -> None:
     host: set[onnx_ir.Value] = set()
     written: dict[onnx_ir.Value, onnx_ir.Value] = {}
     for node in list(graph):
-        if node.op_type in ("Shape", "Size"):
-            host.update(node.outputs)
-        elif _runs_on_host(node, host):
+        if node.op_type in ("Shape", "Size") or _runs_on_host(node, host):
             host.update(node.outputs)
         else:
             for index in _READ_ON_DEVICE.get(node.op_type, ()):
@@ -126,7 +126,9 @@ def _is_one_integer(value: onnx_ir.Value) -> bool:
 def _on_device(graph: onnx_ir.Graph, value: onnx_ir.Value) -> onnx_ir.Value:
     """The integer that a host's tensor of one element holds, written by a kernel."""
     producer = value.producer()
-    assert producer is not None and value.shape is not None and value.dtype is not None
+    assert producer is not None
+    assert value.shape is not None
+    assert value.dtype is not None
     new = _Builder(graph, producer, after=True)
     kind = value.dtype.numpy()
     scalar = new("Squeeze", value, dtype=value.dtype) if len(value.shape) else value

@@ -16,6 +16,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from mmopt_export.checkpoint import quiet_transformers
 from mmopt_export.decoder.passes import drop_reshapes
+from mmopt_export.device import keep_on_device
 from mmopt_export.encoders import fused_attention
 from mmopt_export.manifest import TensorSpec
 from mmopt_export.parts import Part
@@ -43,8 +44,14 @@ def trace(part: Part, *, target: str) -> onnx_ir.Model:
         MmoptError: the exporter failed, or an input or an output is not in the graph; the message
             names the part and the reason (exit 3).
     """
-    if part.tracer is not None:
-        return part.tracer(part, target)
+    graph = part.tracer(part, target) if part.tracer is not None else _traced(part, target)
+    if target == "cuda":
+        keep_on_device(graph)
+    return graph
+
+
+def _traced(part: Part, target: str) -> onnx_ir.Model:
+    """Trace a part that has no tracer of its own."""
     from transformers.exporters import OnnxConfig, OnnxExporter
 
     module = part.lowered if part.lowered is not None else part.module

@@ -67,7 +67,7 @@ def _reasons() -> dict[str, str]:
         ),
         "computes with dimensions of a shape": (
             "Abs Add Cast Ceil Div Floor Max Min Mod Mul Neg Pow Range ReduceMax ReduceMin "
-            "ReduceProd ReduceSum Sqrt Sub"
+            "ReduceProd ReduceSum Sign Sqrt Sub"
         ),
         "chooses between dimensions of shapes": (
             "And Equal Greater GreaterOrEqual If Less LessOrEqual Not Or Where"

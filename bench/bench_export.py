@@ -244,53 +244,42 @@ GPU_TIMER = "host-inclusive"
 def measured(case: gpu_cases.Case) -> dict[str, Measured | str]:
     """Every peer, timed against the others; a string says why a peer is not among them."""
     torch.compiler.reset()
-    peers = gpu_cases.ENCODER_PEERS if case.action == "embed" else gpu_cases.DECODER_PEERS
     return time_peers(
         {
             peer: functools.partial(gpu_cases.runnable, case, build, gpu_peers.DEVICE)
-            for peer, build in peers.items()
+            for peer, build in gpu_cases.PEERS[case.action].items()
         },
         rounds=GPU_ROUNDS,
         timer=GPU_TIMER,
     )
 
 
-def replay_measured(benchmark: Any, case: gpu_cases.Case, peer: str, unit: str, each: int) -> None:
-    """Hand over what a peer was measured at; `each`: units of a row in a call."""
+def gpu_runs() -> list[Any]:
+    """Each case with each of its peers."""
+    return [
+        pytest.param(case, peer, id=f"{case.name}-{peer}")
+        for case in gpu_cases.CASES
+        for peer in gpu_cases.PEERS[case.action]
+    ]
+
+
+@pytest.mark.gpu
+@pytest.mark.benchmark(timer=CLOCK)
+@pytest.mark.parametrize(("case", "peer"), gpu_runs())
+def bench_gpu_export(benchmark: Any, case: gpu_cases.Case, peer: str) -> None:
+    # Times ids to embeddings, both on the GPU; a prompt up to the first new token; or one of the
+    # tokens after it, of which a call decodes all. What can be compiled or allocated is, before.
+    benchmark.group = f"gpu export {case.name}"
     result = measured(case)[peer]
     if isinstance(result, str):
         pytest.skip(result)
-    timing = result.timing
-    if case.action == "decode":
-        timing = replace(timing, samples=[seconds / case.new for seconds in timing.samples])
-        each = 1
+    samples = [seconds / case.steps for seconds in result.timing.samples]
     benchmark.extra_info |= {
         "timer": GPU_TIMER,
         "case": str(case),
-        f"{unit}_per_s": case.batch * each / float(np.median(timing.samples)),
+        "tokens_per_s": case.tokens / float(np.median(samples)),
     }
     if peer == "mmopt":
         report = gpu_cases.exported(gpu_cases.checkpoint(case), gpu_peers.DEVICE)
         benchmark.extra_info["artifact"] = report.status
-    CLOCK.replay(benchmark, timing)
-
-
-@pytest.mark.gpu
-@pytest.mark.benchmark(timer=CLOCK)
-@pytest.mark.parametrize("peer", gpu_cases.ENCODER_PEERS)
-@pytest.mark.parametrize("case", gpu_cases.ENCODER_CASES, ids=gpu_cases.NAME)
-def bench_gpu_export_encoder(benchmark: Any, case: gpu_cases.Case, peer: str) -> None:
-    # Times ids to embeddings, both on the GPU, until it is done; compiled is what can be, before.
-    benchmark.group = f"gpu minilm {case.name}"
-    replay_measured(benchmark, case, peer, "sequences", 1)
-
-
-@pytest.mark.gpu
-@pytest.mark.benchmark(timer=CLOCK)
-@pytest.mark.parametrize("peer", gpu_cases.DECODER_PEERS)
-@pytest.mark.parametrize("case", gpu_cases.DECODER_CASES, ids=gpu_cases.NAME)
-def bench_gpu_export_decoder(benchmark: Any, case: gpu_cases.Case, peer: str) -> None:
-    # Times a prompt up to the first new token, or one of the 32 tokens after it: a call decodes
-    # all of them. Caches are allocated before.
-    benchmark.group = f"gpu llama-124m {case.name}"
-    replay_measured(benchmark, case, peer, "tokens", case.length)
+    CLOCK.replay(benchmark, replace(result.timing, samples=samples))

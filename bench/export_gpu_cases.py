@@ -7,7 +7,6 @@ the CPU the same in fp32, to see that peers agree.
 from __future__ import annotations
 
 import functools
-import operator
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -47,12 +46,22 @@ class Case:
     def name(self) -> str:
         return f"{self.action}-{self.batch}x{self.length}"
 
+    @property
+    def steps(self) -> int:
+        """Into which a call's time is divided: one for each token that every row gets."""
+        return self.new if self.action == "decode" else 1
+
+    @property
+    def tokens(self) -> int:
+        """Of a step."""
+        return self.batch * (1 if self.action == "decode" else self.length)
+
 
 ENCODER_CASES = tuple(Case("embed", *shape) for shape in ((1, 16), (8, 128), (32, 64), (32, 512)))
 DECODER_CASES = tuple(
     Case(action, batch, 512, 32) for action in ("prefill", "decode") for batch in (1, 8)
 )
-NAME = operator.attrgetter("name")
+CASES = (*ENCODER_CASES, *DECODER_CASES)
 
 # By device, which is also the export's target: its precision, and what that is in torch.
 PRECISIONS = {"cuda": ("fp16", torch.float16), "cpu": ("fp32", torch.float32)}
@@ -353,12 +362,14 @@ DECODER_PEERS: dict[str, Build] = {
 
 # ---------------------------------------------------------------- what is timed
 
+PEERS = {"embed": ENCODER_PEERS, "prefill": DECODER_PEERS, "decode": DECODER_PEERS}
+"""By action."""
+
 
 @functools.lru_cache(maxsize=1)
 def expected(case: Case, device: str) -> Tensor:
     """What eager computes."""
-    peers = ENCODER_PEERS if case.action == "embed" else DECODER_PEERS
-    return peers["eager"](case, device).check().cpu().double()
+    return PEERS[case.action]["eager"](case, device).check().cpu().double()
 
 
 def runnable(case: Case, build: Build, device: str) -> Callable[[], Any]:

@@ -87,8 +87,8 @@ def tests_pass() -> bool:
 
 def measure(part: str, words: str, folder: Path) -> None:
     """Run the suites of a part, and keep and show what they found."""
-    if part == "ops":
-        compile_beforehand(processes(), words)
+    if part == "ops" and not words:
+        compile_beforehand(processes())
     options = ["-m", "gpu and not slow", *(["-k", words] if words else [])]
     report = run_suites(
         [f"bench/{name}" for name in SUITES[part]], options=options, progress=progress_bar

@@ -16,51 +16,39 @@ import attention_cases
 import bench_linear_cross_entropy as losses
 import gpu_peers
 import lora_cases
+import torch
 from gpu_peers import Unavailable
+
+# Of each suite the module, its cases' directions, and the peers that compile.
+SUITES: dict[str, tuple[Any, tuple[str, ...], tuple[str, ...]]] = {
+    "attention": (attention_cases, tuple(attention_cases.CALLS), ("mmopt", "mmopt-triton", "flex")),
+    "lora": (lora_cases, lora_cases.DIRECTIONS, ("mmopt", "mmopt-triton", "peft-compiled")),
+    "losses": (losses, ("",), ("mmopt", "compiled", "liger")),
+}
 
 Task = tuple[str, int, str, str]
 """Suite, index of the case, direction, peer."""
 
-# What compiles: the other peers are there already.
-ATTENTION, LORA, LOSSES = ("mmopt", "mmopt-triton", "flex"), ("mmopt", "mmopt-triton"), ("mmopt",)
 
-
-def tasks(words: str) -> list[Task]:
-    """What is to be compiled; of `words`, pytest's -k, only the plain ones choose cases."""
-    wanted = set(words.split()) - {"and", "or", "not", "attention", "lora"}
-    found: list[Task] = []
-    suites: tuple[tuple[str, Any, Any, tuple[str, ...]], ...] = (
-        ("attention", attention_cases.GPU, attention_cases.CALLS, ATTENTION),
-        ("lora", lora_cases.GPU, lora_cases.DIRECTIONS, (*LORA, "peft-compiled")),
-        ("losses", losses.GPU, ("",), (*LOSSES, "compiled", "liger")),
-    )
-    for suite, cases, directions, peers in suites:
-        for index, case in enumerate(cases):
-            if wanted and not any(word in case.name for word in wanted):
-                continue
-            for direction in directions:
-                if suite == "attention" and direction != "forward" and not case.trains:
-                    continue
-                found += [(suite, index, direction, peer) for peer in peers]
-    return found
+def tasks() -> list[Task]:
+    """All that the suites compile."""
+    return [
+        (suite, index, direction, peer)
+        for suite, (module, directions, peers) in SUITES.items()
+        for index, case in enumerate(module.GPU)
+        for direction in directions
+        if direction != "forward+backward" or getattr(case, "trains", True)
+        for peer in peers
+    ]
 
 
 def run(task: Task, device: str = gpu_peers.DEVICE) -> str | None:
     """Run a peer once; why it could not, where it could not: the suite itself will say so."""
-    import torch
-
     suite, index, direction, peer = task
-    torch.set_num_threads(1)
+    module, _, _ = SUITES[suite]
+    arguments = [module.GPU[index], module.GPU_PEERS[peer], *filter(None, [direction]), device]
     try:
-        if suite == "attention":
-            case = attention_cases.GPU[index]
-            attention_cases.runnable(case, attention_cases.GPU_PEERS[peer], direction, device)
-        elif suite == "lora":
-            lora_cases.runnable(
-                lora_cases.GPU[index], lora_cases.GPU_PEERS[peer], direction, device
-            )
-        else:
-            losses.runnable(losses.GPU[index], losses.GPU_PEERS[peer], device)
+        module.runnable(*arguments)
     except (Unavailable, RuntimeError, NotImplementedError, ValueError) as reason:
         return f"{type(reason).__name__}: {reason}"
     finally:
@@ -70,16 +58,15 @@ def run(task: Task, device: str = gpu_peers.DEVICE) -> str | None:
     return None
 
 
-def _compile_alone() -> None:
-    """A pool of Inductor's for each of these processes would be too many."""
+def _start() -> None:
+    """One thread and no pool of Inductor's: there are as many of these processes as cores."""
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+    torch.set_num_threads(1)
 
 
-def compile_beforehand(
-    processes: int, words: str = "", run: Callable[[Task], object] = run
-) -> None:
+def compile_beforehand(processes: int, run: Callable[[Task], object] = run) -> None:
     """Run everything that the suites compile once, with so many processes."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, mp_context=context, initializer=_compile_alone) as pool:
-        for _ in pool.map(run, tasks(words)):
+    with ProcessPoolExecutor(processes, mp_context=context, initializer=_start) as pool:
+        for _ in pool.map(run, tasks()):
             pass

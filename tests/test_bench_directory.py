@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -192,17 +193,30 @@ def test_a_gpu_result_is_named_for_its_gpu_and_day() -> None:
 
 
 def test_what_is_compiled_beforehand_are_the_cases_of_the_suites() -> None:
-    """Once with each peer that compiles; words choose among the cases as they do in the suites."""
+    """Each with every peer that compiles, and each reaches a process."""
     warm = importlib.import_module("gpu_warm")  # other processes import it too
-    found = warm.tasks("")
+    found = warm.tasks()
     assert len(found) == len(set(found))
-    assert {suite for suite, *_ in found} == {"attention", "lora", "losses"}
-    few = warm.tasks("attention and images-4k")
-    assert [(suite, direction) for suite, _, direction, peer in few if peer == "flex"] == [
-        ("attention", "forward"),
-        ("attention", "forward+backward"),
-    ]
-    warm.compile_beforehand(1, "images-4k", run=len)  # each task reaches a process
+    for suite, (cases, directions, peers) in warm.SUITES.items():
+        assert set(peers) <= set(cases.GPU_PEERS)
+        never = sum(not getattr(case, "trains", True) for case in cases.GPU)
+        calls = len(cases.GPU) * len(directions) - never
+        assert sum(one[0] == suite for one in found) == calls * len(peers)
+    warm.compile_beforehand(1, run=len)
+
+
+def test_compiling_beforehand_runs_a_case_or_says_why_it_cannot(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    warm = importlib.import_module("gpu_warm")
+    cases, lora = warm.attention_cases, warm.lora_cases
+    monkeypatch.setattr(cases, "GPU", (replace(cases.CPU_QUICK[0], S=16, T=16, Hq=2, Hkv=2),))
+    monkeypatch.setattr(lora, "GPU", (replace(lora.CPU_QUICK[0], M=8, K=16, N=(16,)),))
+    monkeypatch.setattr(warm.losses, "GPU", (replace(warm.losses.CPU_QUICK[0], M=8, H=16, V=32),))
+    assert warm.run(("attention", 0, "forward+backward", "mmopt"), "cpu") is None
+    assert warm.run(("lora", 0, "forward", "mmopt"), "cpu") is None
+    assert warm.run(("losses", 0, "", "mmopt"), "cpu") is None
+    assert "liger_kernel is not installed" in str(warm.run(("losses", 0, "", "liger"), "cpu"))
 
 
 def test_samples_of_our_timers_reach_pytest_benchmark_unchanged(

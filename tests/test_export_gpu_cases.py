@@ -133,23 +133,18 @@ def test_samples_are_those_of_a_call_or_of_one_of_its_tokens(
     bench_export: ModuleType, case: Case
 ) -> None:
     found = bench_export.measured(case)
-    peers = ENCODER_PEERS if case is EMBED else DECODER_PEERS
-    bench = bench_export.bench_gpu_export_decoder
-    unit, rows_units = "tokens", {"prefill": case.length, "decode": 1}.get(case.action)
-    if case is EMBED:
-        bench, unit, rows_units = bench_export.bench_gpu_export_encoder, "sequences", 1
-    assert set(found) == set(peers)
-    for peer in peers:
+    assert set(found) == set(ENCODER_PEERS if case is EMBED else DECODER_PEERS)
+    for peer in found:
         replayed: list[float] = []
         benchmark = SimpleNamespace(extra_info={}, group=None)
         benchmark.pedantic = functools.partial(clocked, bench_export.CLOCK, replayed)
-        bench(benchmark, case, peer)
-        each = case.new if case is DECODE else 1
+        bench_export.bench_gpu_export(benchmark, case, peer)
+        each, tokens = (case.new, 1) if case is DECODE else (1, case.length)
         expected = [seconds / each for seconds in found[peer].timing.samples]
         assert replayed == pytest.approx(expected)
         assert benchmark.extra_info["timer"] == found[peer].timing.timer == "host-inclusive"
-        rate = case.batch * rows_units / sorted(expected)[1]
-        assert benchmark.extra_info[f"{unit}_per_s"] == pytest.approx(rate)
+        rate = case.batch * tokens / sorted(expected)[1]
+        assert benchmark.extra_info["tokens_per_s"] == pytest.approx(rate)
         assert benchmark.extra_info.get("artifact") == ("verified" if peer == "mmopt" else None)
 
 

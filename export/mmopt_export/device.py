@@ -4,10 +4,12 @@ It leaves a node on the CPU that its provider has no kernel for, and one whose i
 (`placement.py` says which). Where a tensor then meets one of those results, it copies.
 """
 
-from typing import Any
-
 import numpy as np
 import onnx_ir
+
+from mmopt_export.nodes import NodeBuilder
+from mmopt_export.placement import CUDA, PROMISES
+from mmopt_export.quantization.weights import replace
 
 # Scalars on the host that such an input takes are copied to the GPU. Any other input takes them
 # where they are, as the limits of a Range, or belongs to a node that runs on the host too.
@@ -30,8 +32,8 @@ _READ_ON_HOST = {
     "Tile": (1,),
     "Unsqueeze": (1,),
 }
-# As small as ONNX Runtime wants a constant to be, for a node on the host (see `PROMISES`).
-_SMALL = 100
+# As small as ONNX Runtime wants a constant to be, for a node on the host.
+_SMALL = PROMISES[CUDA].most_values
 _INTEGERS = (onnx_ir.DataType.INT32, onnx_ir.DataType.INT64)
 
 
@@ -63,27 +65,24 @@ def _spell_out_argmax(graph: onnx_ir.Graph, node: onnx_ir.Node) -> None:
 
     ArgMax of floats has a kernel, but nothing says which of several maxima it takes.
     """
-    source, old = node.inputs[0], node.outputs[0]
+    source = node.inputs[0]
     assert source is not None
     assert source.shape is not None
     assert source.dtype is not None
     rank = len(source.shape)
     axis = node.attributes.get_int("axis", 0) % rank
-    new = _Builder(graph, node)
-    axes = new.constant([axis], "axes")
-    most = new("ReduceMax", source, axes, dtype=source.dtype, keepdims=1)
-    found = new("Equal", source, most, dtype=onnx_ir.DataType.BOOL)
-    shape = new("Shape", source, start=axis, end=axis + 1)
-    length = new("Squeeze", shape)
-    place = new("Range", new.constant(0, "first"), length, new.constant(1, "step"))
+    build = NodeBuilder(graph, f"{node.outputs[0].name}.device")
+    axes = build.constant(axis)
+    most = build("ReduceMax", source, axes, dtype=source.dtype, keepdims=1)
+    found = build("Equal", source, most, dtype=onnx_ir.DataType.BOOL)
+    length = build("Squeeze", build("Shape", source, start=axis, end=axis + 1))
+    place = build("Range", build.constant(0, rank=0), length, build.constant(1, rank=0))
     if axis < rank - 1:
-        place = new("Reshape", place, new.constant([-1, *[1] * (rank - 1 - axis)], "along"))
-    nowhere = new.constant(np.iinfo(np.int64).max, "nowhere")
-    first = new("Where", found, place, nowhere)
-    index = new("ReduceMin", first, axes, keepdims=node.attributes.get_int("keepdims", 1))
-    index.name, index.shape = old.name, old.shape
-    old.replace_all_uses_with(index, replace_graph_outputs=True)
-    graph.remove(node, safe=True)
+        place = build("Reshape", place, build.constant(-1, *[1] * (rank - 1 - axis)))
+    nowhere = build.constant(np.iinfo(np.int64).max, rank=0)
+    first = build("Where", found, place, nowhere)
+    build("ReduceMin", first, axes, keepdims=node.attributes.get_int("keepdims", 1))
+    replace(node, build.nodes)
 
 
 def _write_sizes(graph: onnx_ir.Graph) -> None:
@@ -92,14 +91,14 @@ def _write_sizes(graph: onnx_ir.Graph) -> None:
     for node in list(graph):
         if node.op_type in ("Shape", "Size") or _runs_on_host(node, host):
             host.update(node.outputs)
-        else:
-            for index in _READ_ON_DEVICE.get(node.op_type, ()):
-                value = node.inputs[index] if index < len(node.inputs) else None
-                if value is None or value not in host or not _is_one_integer(value):
-                    continue
-                if value not in written:
-                    written[value] = _on_device(graph, value)
-                node.replace_input_with(index, written[value])
+            continue
+        for index in _READ_ON_DEVICE.get(node.op_type, ()):
+            value = node.inputs[index] if index < len(node.inputs) else None
+            if value is None or value not in host or not _is_one_integer(value):
+                continue
+            if value not in written:
+                written[value] = _on_device(graph, value)
+            node.replace_input_with(index, written[value])
 
 
 def _runs_on_host(node: onnx_ir.Node, host: set[onnx_ir.Value]) -> bool:
@@ -129,53 +128,14 @@ def _on_device(graph: onnx_ir.Graph, value: onnx_ir.Value) -> onnx_ir.Value:
     assert producer is not None
     assert value.shape is not None
     assert value.dtype is not None
-    new = _Builder(graph, producer, after=True)
-    kind = value.dtype.numpy()
-    scalar = new("Squeeze", value, dtype=value.dtype) if len(value.shape) else value
-    step = new.constant(1, "step", kind)
-    limit = new("Add", scalar, step, dtype=value.dtype)
-    written = new("Range", scalar, limit, step, dtype=value.dtype)
-    if len(value.shape) != 1:
-        shape = new.constant([1] * len(value.shape), "shape")
-        written = new("Reshape", written, shape, dtype=value.dtype)
+    build = NodeBuilder(graph, f"{value.name}.device")
+    rank = len(value.shape)
+    scalar = build("Squeeze", value, dtype=value.dtype) if rank else value
+    step = build.constant(1, rank=0, dtype=value.dtype)
+    limit = build("Add", scalar, step, dtype=value.dtype)
+    written = build("Range", scalar, limit, step, dtype=value.dtype)
+    if rank != 1:
+        written = build("Reshape", written, build.constant(*[1] * rank), dtype=value.dtype)
     written.shape = value.shape
+    graph.insert_after(producer, build.nodes)
     return written
-
-
-class _Builder:
-    """Adds nodes before a node or after it, and constants, named after the node's output."""
-
-    def __init__(self, graph: onnx_ir.Graph, beside: onnx_ir.Node, *, after: bool = False) -> None:
-        self._graph = graph
-        self._place = beside
-        self._after = after
-        self._prefix = str(beside.outputs[0].name)
-
-    def __call__(
-        self,
-        op: str,
-        *inputs: onnx_ir.Value,
-        dtype: onnx_ir.DataType = onnx_ir.DataType.INT64,
-        **attributes: int,
-    ) -> onnx_ir.Value:
-        node = onnx_ir.node(op, inputs, attributes=attributes)
-        node.name = f"{self._prefix}.device.{op}"
-        output = node.outputs[0]
-        output.name, output.type = node.name, onnx_ir.TensorType(dtype)
-        if self._after:
-            self._graph.insert_after(self._place, node)
-            self._place = node
-        else:
-            self._graph.insert_before(self._place, node)
-        return output
-
-    def constant(self, values: Any, name: str, kind: Any = np.int64) -> onnx_ir.Value:
-        tensor = onnx_ir.tensor(np.asarray(values, kind), name=f"{self._prefix}.device.{name}")
-        value = onnx_ir.Value(
-            name=tensor.name,
-            shape=onnx_ir.Shape(tensor.shape.numpy()),
-            type=onnx_ir.TensorType(tensor.dtype),
-            const_value=tensor,
-        )
-        self._graph.initializers[str(value.name)] = value
-        return value

@@ -1,5 +1,8 @@
 """Runs an artifact on ONNX Runtime: the one place that opens sessions. Needs no torch."""
 
+import contextlib
+import functools
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,10 +25,6 @@ MODEL_NAME = "model.onnx"
 _TOKENIZER_NAME = "tokenizer.json"
 MODEL = "model"
 """The component of an artifact that has one."""
-
-# ONNX Runtime rounds the operands of fp32 products to TF32 on CUDA unless told otherwise. What is
-# called fp32 would then be wrong by 1e-3 (H200: tiny encoders, 0.0004 to 0.006).
-_PROVIDER_OPTIONS = {"CUDAExecutionProvider": {"use_tf32": "0"}}
 
 
 def open_session(
@@ -60,9 +59,11 @@ def open_session(
             f"ONNX Runtime {onnxruntime.__version__} here has no {provider}, only "
             f"{', '.join(onnxruntime.get_available_providers())}. Run `mmopt doctor`."
         )
+    provider_options: dict[str, str] = {}
     if provider == "CUDAExecutionProvider":
-        # CUDA and cuDNN from NVIDIA's packages, where those are and torch has not loaded them.
-        onnxruntime.preload_dlls()
+        _load_cuda()
+        # Otherwise fp32 products round their operands to TF32, and no fp32 would be proven.
+        provider_options = {"use_tf32": "0"}
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or usable_cores()
     # Fatal only: errors are raised as well, and a client's bad ids must not fill a server's log.
@@ -79,7 +80,7 @@ def open_session(
         options.profile_file_prefix = str(profile)
     try:
         session = onnxruntime.InferenceSession(
-            str(model), options, providers=[(provider, dict(_PROVIDER_OPTIONS.get(provider, {})))]
+            str(model), options, providers=[(provider, provider_options)]
         )
     except runtime_errors() as error:
         raise MmoptError(f"ONNX Runtime cannot load {model}: {error}") from error
@@ -89,6 +90,16 @@ def open_session(
             "Run `mmopt doctor`."
         )
     return session
+
+
+@functools.cache
+def _load_cuda() -> None:
+    """CUDA and cuDNN from NVIDIA's packages, where those are and torch has not loaded them."""
+    import onnxruntime
+
+    # It prints what it does not find, and stdout is the caller's.
+    with contextlib.redirect_stdout(sys.stderr):
+        onnxruntime.preload_dlls()
 
 
 def run_graph(session: Any, names: Sequence[str], feeds: Tensors) -> list[Any]:

@@ -121,7 +121,8 @@ def operators(folder: Path, part: str, target: str) -> tuple[set[str], bool]:
     """Of a traced part, and whether it was changed for CUDA."""
     [wanted] = [one for one in make_plan(load_checkpoint(str(folder))).parts if one.name == part]
     nodes = list(trace(wanted, target=target).graph.all_nodes())
-    return {node.op_type for node in nodes}, any(".device." in str(node.name) for node in nodes)
+    names = [str(value.name) for node in nodes for value in node.outputs]
+    return {node.op_type for node in nodes}, any(".device." in name for name in names)
 
 
 def test_clip_finds_the_end_of_a_text_without_argmax_for_cuda_alone(tmp_path: Path) -> None:

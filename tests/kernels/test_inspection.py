@@ -300,6 +300,20 @@ def test_a_compiler_that_crashes_or_hangs_fails_its_kernel_and_no_other(
     )
 
 
+def test_kernels_are_compiled_without_random_addresses() -> None:
+    """By which Triton orders what it emits: with them the same kernel differs from run to run."""
+
+    def said(*code: str) -> int:
+        asked = [sys.executable, "-c", *code]
+        ran = subprocess.run(asked, capture_output=True, text=True, check=True)
+        return int(ran.stdout, 16)
+
+    if said("import ctypes; print(ctypes.CDLL(None).personality(0x0040000))") == -1:
+        pytest.skip("this sandbox does not let a process choose its addresses")
+    read = "print(open('/proc/self/personality').read())"
+    assert said(build._REPEATABLY, "-c", read) & 0x0040000
+
+
 def test_a_worker_that_does_not_start_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
     code = "import sys; sys.exit('no module named triton')"
     monkeypatch.setattr(build, "_WORKER", (sys.executable, "-c", code))

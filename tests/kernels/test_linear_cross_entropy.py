@@ -212,6 +212,9 @@ def test_chunk_has_a_bounded_number_of_logits() -> None:
     # Of few rows the chunk is a part, and memory stays a small part of eager's.
     assert chunked.chunk_rows(2048, 128_256, on_gpu) == 512
     assert chunked.chunk_rows(300, 128_256, on_gpu) == 256
+    # A trained weight's gradient is larger than the chunk, and passed over once for each.
+    assert chunked.chunk_rows(10**6, 128_256, on_gpu, trained=True) >= 1024
+    assert chunked.chunk_rows(2048, 128_256, on_gpu, trained=True) == 1024
 
 
 @pytest.mark.parametrize("impl", IMPLS)

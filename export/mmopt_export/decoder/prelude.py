@@ -5,38 +5,11 @@ has in the cache. With the real ones moved to the front, positions, cache rows a
 follow by counting, whichever side the padding was on, and buffers have no gaps.
 """
 
-import numpy as np
 import onnx_ir
-from onnx_ir import DataType, Node, Value
+from onnx_ir import DataType, Value
 
 from mmopt_export.decoder.part import EMBEDS
-from mmopt_export.quantization.weights import initializer
-
-
-class _Builder:
-    """Appends nodes to a list, with constants as initializers of the graph."""
-
-    def __init__(self, graph: onnx_ir.Graph) -> None:
-        self.nodes: list[Node] = []
-        self._graph = graph
-
-    def __call__(
-        self, op: str, *inputs: Value | None, dtype: DataType, rank: int, **attrs: int
-    ) -> Value:
-        """The output of a new node; its dimensions are unknown but for their number."""
-        node = onnx_ir.node(op, inputs, attributes=attrs or None)
-        output = node.outputs[0]
-        output.name = f"prelude.{op}_{len(self.nodes)}"
-        output.dtype = dtype
-        output.shape = onnx_ir.Shape([None] * rank)
-        self.nodes.append(node)
-        return output
-
-    def constant(self, *values: int, rank: int = 1) -> Value:
-        """int64, `[len(values)]`, or a scalar with `rank=0`."""
-        array = np.asarray(values if rank else values[0], dtype=np.int64)
-        name = f"prelude.{'_'.join(map(str, values))}_{rank}"
-        return initializer(self._graph, onnx_ir.tensor(array, name=name))
+from mmopt_export.nodes import NodeBuilder
 
 
 def add_prelude(model: onnx_ir.Model, tokens: str, trim: bool) -> None:
@@ -57,7 +30,7 @@ def add_prelude(model: onnx_ir.Model, tokens: str, trim: bool) -> None:
         shape=onnx_ir.Shape(["batch", "total"]),
         type=onnx_ir.TensorType(DataType.INT64),
     )
-    build = _Builder(graph)
+    build = NodeBuilder(graph, "prelude")
     made = _make(build, new, mask, embeds=tokens == EMBEDS, trim=trim)
     for name, value in made.items():
         old[name].replace_all_uses_with(value)
@@ -68,7 +41,7 @@ def add_prelude(model: onnx_ir.Model, tokens: str, trim: bool) -> None:
 
 
 def _make(
-    build: _Builder, tokens: Value, mask: Value, *, embeds: bool, trim: bool
+    build: NodeBuilder, tokens: Value, mask: Value, *, embeds: bool, trim: bool
 ) -> dict[str, Value]:
     int64, int32 = DataType.INT64, DataType.INT32
     kind, shape = tokens.dtype, tokens.shape

@@ -32,8 +32,19 @@ Progress = Callable[[str, int | None], AbstractContextManager[Callable[[int], No
 # The slowest kernel so far takes 10 s; a compiler that needs this long hangs.
 _LONGEST_SECONDS = 600.0
 
-# Triton 3.9 warns that a default of 3.10 will differ: no news for each kernel.
-_WORKER = (sys.executable, "-P", "-W", "ignore", "-m", "mmopt_kernels.inspection.worker")
+# Triton orders some of what it emits by addresses, so that a kernel came out with 224 and 226
+# registers in turn. Without random addresses (Linux's ADDR_NO_RANDOMIZE) builds repeat; where a
+# sandbox refuses that, they vary as before.
+_REPEATABLY = (
+    "import ctypes, os, sys; system = ctypes.CDLL(None); "
+    "system.personality(system.personality(0xFFFFFFFF) | 0x0040000); "
+    "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+)
+_WORKER = (
+    *(sys.executable, "-c", _REPEATABLY),
+    # Triton 3.9 warns that a default of 3.10 will differ: no news for each kernel.
+    *("-P", "-W", "ignore", "-m", "mmopt_kernels.inspection.worker"),
+)
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,17 @@ import torch
 from torch import Tensor
 
 # Logits of a chunk. On a GPU, 1024 rows of a vocabulary of 128k, 256 MiB in 16 bits: 256 rows give
-# the gradient's GEMM a few tens of tiles for 132 multiprocessors and read the weight four times as
-# often. On a CPU, 512 rows of 32k: 64 MiB in float32. There each GEMM reads the whole weight and
-# packs it anew, and from 64 to 512 rows more were always faster (the case llama-124m of
-# bench/bench_linear_cross_entropy.py).
+# the GEMM of the hidden gradient a few tens of tiles for 132 multiprocessors and read the weight
+# four times as often (arithmetic, not measured). On a CPU, 512 rows of 32k: 64 MiB in float32.
+# There each GEMM reads the whole weight and packs it anew, and from 64 to 512 rows more were always
+# faster (the case llama-124m of bench/bench_linear_cross_entropy.py).
 GPU_ELEMENTS = 2**27
 CPU_ELEMENTS = 2**24
-# At most this part of the rows on a GPU, but never fewer than LEAST_ROWS: the logits of a chunk are
-# then a 24th of what an eager loss keeps, some 12 bytes for each logit.
+# Of a frozen weight a chunk on a GPU has at most a fourth of the rows, or this many: its logits are
+# then a 24th of what an eager loss keeps, some 12 bytes for each. Where the weight is trained, the
+# float32 sum of its gradient is larger than they are, and each chunk reads and writes it, 8 V H
+# bytes beside 6 rows V H FLOPs: at the 3.35 TB/s and some 600 TFLOP/s of an H100 as long as the
+# GEMMs with 240 rows, a quarter of that with 1024.
 GPU_PARTS = 4
 LEAST_ROWS = 256
 # GEMMs like their rows in multiples of a tile's.
@@ -45,12 +48,11 @@ class Arguments(NamedTuple):
     b: Tensor | None
 
 
-def chunk_rows(M: int, V: int, device: torch.device) -> int:
-    """How many rows a chunk has."""
-    if device.type == "cpu":
-        found = CPU_ELEMENTS // max(V, 1)
-    else:
-        found = min(GPU_ELEMENTS // max(V, 1), max(M // GPU_PARTS, LEAST_ROWS))
+def chunk_rows(M: int, V: int, device: torch.device, trained: bool = False) -> int:
+    """How many rows a chunk has; trained: whether the weight is."""
+    found = (CPU_ELEMENTS if device.type == "cpu" else GPU_ELEMENTS) // max(V, 1)
+    if device.type != "cpu" and not trained:
+        found = min(found, max(M // GPU_PARTS, LEAST_ROWS))
     found = found // ROWS * ROWS if found >= ROWS else found
     return max(1, min(M, found))
 
@@ -97,7 +99,7 @@ def run(
     labels = labels.contiguous()
     weights = None if weights is None else weights.to(wide).contiguous()
     count = M if picked is None else picked.shape[0]
-    step = chunk_rows(count, V, hidden.device)
+    step = chunk_rows(count, V, hidden.device, dweight is not None)
     for start in range(0, count, step):
         rows = slice(start, start + step)
         part = rows if picked is None else picked[rows]

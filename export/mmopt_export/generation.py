@@ -419,8 +419,7 @@ class Generator:
                 binding.bind_ortvalue_input(name, constant)
             for past_key, past_value, key, value in self.cache.layers:
                 for past, present in ((past_key, key), (past_value, value)):
-                    binding.bind_ortvalue_input(past, conversation._buffers[past])
-                    binding.bind_ortvalue_output(present, conversation._buffers[past])
+                    self._bind_buffer(binding, past, present, conversation._buffers[past])
             if isinstance(self._vocabulary, int) and self._logits_type is not None:
                 shape = (conversation.batch, 1, self._vocabulary)
                 conversation._logits = np.empty(shape, dtype=self._logits_type)
@@ -495,10 +494,20 @@ class Generator:
     def _buffer(self, array: npt.NDArray[Any]) -> Any:
         from onnxruntime import OrtValue
 
-        if self._buffer_type == "tensor(bfloat16)":
-            return OrtValue.ortvalue_from_numpy_with_onnx_type(array, _BFLOAT16)
         # On the CPU this is the array's own memory, on a device a copy.
         return OrtValue.ortvalue_from_numpy(array, self._device, 0)
+
+    def _bind_buffer(self, binding: Any, past: str, present: str, buffer: Any) -> None:
+        """Let the graph read and write one buffer in place."""
+        if self._buffer_type != "tensor(bfloat16)":
+            binding.bind_ortvalue_input(past, buffer)
+            binding.bind_ortvalue_output(present, buffer)
+            return
+        # The buffer holds bits under an integer's type, since no value in bf16 can be put on a
+        # device from an array or read back from one. Bound by its address it has the graph's type.
+        where = (self._device, 0, _BFLOAT16, buffer.shape(), buffer.data_ptr())
+        binding.bind_input(past, *where)
+        binding.bind_output(present, *where)
 
 
 def choose(

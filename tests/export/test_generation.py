@@ -3,10 +3,13 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
+from onnx import TensorProto
 
 from mmopt_export.generation import GREEDY, Generator, Sampling, choose, distribution
 from mmopt_export.manifest import CacheMap
@@ -122,6 +125,104 @@ def test_buffers_have_the_type_of_the_graph(llama: Exported, tmp_path: Path) -> 
         results.append(generator.prefill(prompts, conversation))
     assert {array.dtype for array in conversation._arrays.values()} == {np.dtype(np.float16)}
     np.testing.assert_allclose(*results, atol=2e-2)
+
+
+def counting(path: Path) -> CacheMap:
+    """A decoder in bf16 that ONNX Runtime's CPU provider runs too: each call adds 1 to its cache,
+    and the cache's mean is the first of two logits."""
+    cache = ("past.key", "past.value", "present.key", "present.value")
+    value, shape = onnx.helper.make_tensor_value_info, ["B", 1, "T", 2]
+    nodes = []
+    for past, present in ((cache[0], cache[2]), (cache[1], cache[3])):
+        nodes += [
+            onnx.helper.make_node("Cast", [past], [f"{past}.fp32"], to=TensorProto.FLOAT),
+            onnx.helper.make_node("Add", [f"{past}.fp32", "one"], [f"{past}.next"]),
+            onnx.helper.make_node("Cast", [f"{past}.next"], [present], to=TensorProto.BFLOAT16),
+        ]
+    nodes += [
+        onnx.helper.make_node("ReduceMean", [f"{cache[0]}.next", "axes"], ["mean"], keepdims=0),
+        onnx.helper.make_node("Unsqueeze", ["mean", "axes.logits"], ["mean.3d"]),
+        onnx.helper.make_node("Mul", ["mean.3d", "first"], ["logits"]),
+    ]
+    graph = onnx.helper.make_graph(
+        nodes,
+        "counting",
+        [
+            value("input_ids", TensorProto.INT64, ["B", "S"]),
+            value("attention_mask", TensorProto.INT64, ["B", "M"]),
+            *(value(name, TensorProto.BFLOAT16, shape) for name in cache[:2]),
+        ],
+        [
+            value("logits", TensorProto.FLOAT, ["B", 1, 2]),
+            *(value(name, TensorProto.BFLOAT16, shape) for name in cache[2:]),
+        ],
+        [
+            onnx.numpy_helper.from_array(np.float32(1), "one"),
+            onnx.numpy_helper.from_array(np.asarray([1, 2, 3]), "axes"),
+            onnx.numpy_helper.from_array(np.asarray([1, 2]), "axes.logits"),
+            onnx.numpy_helper.from_array(np.asarray([1, 0], np.float32), "first"),
+        ],
+    )
+    opsets = [onnx.helper.make_opsetid("", 18)]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10), path)
+    return CacheMap(layers=(cache,), heads=1, head_size=2, dtype="bfloat16")
+
+
+def test_a_cache_in_bf16_is_read_and_written_in_place_and_grows(tmp_path: Path) -> None:
+    generator = Generator(tmp_path / "model.onnx", counting(tmp_path / "model.onnx"), threads=1)
+    conversation = generator.start(2, capacity=2)
+    for count in (1, 2):
+        assert generator.prefill([[1], [0]], conversation).tolist() == [[count, 0]] * 2
+    held = conversation.capacity
+    logits = generator.prefill([[1], [0]], conversation)
+    # Two rows of `held` places hold 2, those that are new hold 0.
+    assert conversation.capacity > held
+    assert logits[0, 0] == 1 + 2 * 2 / conversation.capacity
+
+
+@pytest.mark.parametrize("floats", ["float", "float16", "bfloat16"])
+def test_caches_are_where_the_session_runs(floats: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A buffer elsewhere would be copied there and back at every step, and not be shared."""
+    import onnxruntime
+
+    places: list[str] = []
+    bound: dict[str, set[Any]] = {"past": set(), "present": set()}
+
+    class Value:
+        @staticmethod
+        def ortvalue_from_numpy(array: Any, device: str = "cpu", _: int = 0) -> Any:
+            places.append(device)
+            return SimpleNamespace(data_ptr=lambda: array.ctypes.data, shape=lambda: array.shape)
+
+    def by_value(name: str, buffer: Any) -> None:
+        bound[name.partition(".")[0]].add(buffer.data_ptr())
+
+    def by_address(name: str, device: str, _: int, kind: int, shape: Any, address: int) -> None:
+        assert (device, kind, shape) == ("cuda", TensorProto.BFLOAT16, (1, 1, 9, 2))
+        bound[name.partition(".")[0]].add(address)
+
+    names = ("past.key", "past.value", "present.key", "present.value")
+    nodes = [SimpleNamespace(name=name, type=f"tensor({floats})", shape=[]) for name in names]
+    ids = SimpleNamespace(name="input_ids", type="tensor(int64)", shape=[])
+    logits = SimpleNamespace(name="logits", type="tensor(float)", shape=["B", 1, "V"])
+    binding = SimpleNamespace(
+        bind_ortvalue_input=by_value,
+        bind_ortvalue_output=by_value,
+        bind_input=by_address,
+        bind_output=by_address,
+    )
+    session = SimpleNamespace(
+        get_inputs=lambda: [ids, *nodes[:2]],
+        get_outputs=lambda: [logits, *nodes[2:]],
+        io_binding=lambda: binding,
+    )
+    monkeypatch.setattr(onnxruntime, "OrtValue", Value)
+    cache = CacheMap(layers=(names,), heads=1, head_size=2, dtype=floats)
+    generator = Generator(session, cache, provider="CUDAExecutionProvider")
+    generator._bound(generator.start(1, capacity=8))
+    assert places == ["cuda", "cuda"]
+    assert len(bound["past"]) == 2
+    assert bound["past"] == bound["present"]
 
 
 def test_streaming_gives_tokens_as_they_come_and_can_stop(llama: Exported) -> None:

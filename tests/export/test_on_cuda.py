@@ -20,8 +20,6 @@ _RANDOM = {
     ("decoder/llama-tied", "fp16"): "logits off by 0.02 on random weights",
     ("seq2seq/t5", "fp16"): "keys and values off by 0.09 on random weights",
     ("vlm/janus", "fp16"): "pixels off by 0.05 on random weights",
-    ("decoder/llama", "bf16"): "greedy tokens are others on CUDA, the cause is unknown",
-    ("decoder/gemma3", "bf16"): "greedy tokens are others on CUDA, the cause is unknown",
 }
 
 _FAMILIES = {

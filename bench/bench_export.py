@@ -178,8 +178,9 @@ def bench_peers_decoder(benchmark: Any, action: str, peer: str) -> None:
     # Times the prompt up to the first new token, or 64 more tokens, one row.
     benchmark.group = f"llama-124m {action}"
     samples, tokens = found("decoder", peer)[action]
-    precision = peer.rpartition("-")[2]
-    ours = runs("decoder").get(f"mmopt-{precision}")
+    # Those that quantize the same weights as this peer.
+    alike = "mmopt-float-embeddings-int4" if "genai" in peer and "int4" in peer else None
+    ours = runs("decoder").get(alike or f"mmopt-{peer.rpartition('-')[2]}")
     same = None
     if ours is not None:
         pairs = list(zip(tokens, ours[action][1], strict=True))

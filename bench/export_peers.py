@@ -308,6 +308,16 @@ class Mmopt:
         return read_clock() - began, tokens
 
 
+class MmoptFloatEmbeddings(Mmopt):
+    """With its table of embeddings in fp32, which genai's builder leaves so: the same weights."""
+
+    @staticmethod
+    def build(folder: Path, precision: str, model: Path) -> None:
+        import mmopt_export
+
+        mmopt_export.export(str(model), folder, precision=precision, options={"embeddings": False})
+
+
 class Genai:
     """onnxruntime-genai: its own builder's model on its own runtime."""
 
@@ -403,6 +413,7 @@ class Eager:
 DECODERS: dict[str, tuple[Any, str]] = {
     "mmopt-fp32": (Mmopt, "fp32"),
     "mmopt-int4": (Mmopt, "int4"),
+    "mmopt-float-embeddings-int4": (MmoptFloatEmbeddings, "int4"),
     "genai-fp32": (Genai, "fp32"),
     "genai-int4": (Genai, "int4"),
     "genai-own-threads-fp32": (GenaiOwnThreads, "fp32"),

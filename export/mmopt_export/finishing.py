@@ -1,5 +1,6 @@
 """Brings a traced graph to its precision, and holds every stage of it against PyTorch."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,12 @@ from mmopt_export.progress import Progress
 from mmopt_export.providers import AUTO, Target
 from mmopt_export.quantization import (
     NothingToQuantizeError,
+    Recipe,
     candidates,
     choose,
     quantize,
     recipe_for,
+    with_options,
 )
 from mmopt_export.runtime import MODEL_NAME, open_session
 from mmopt_export.scoring import measure_of, metric_of
@@ -92,6 +95,13 @@ def _from(target: Target, kind: str, wanted: str) -> list[str]:
     return fitting or [target.default_precision(kind)]
 
 
+def recipes_of(target: Target, kind: str, precision: str) -> list[Recipe]:
+    """What may become of a graph of `kind`: the recipe of a precision, or those of `auto`."""
+    if precision == AUTO:
+        return candidates(target, kind)
+    return [recipe_for(target, kind, precision)]
+
+
 def finish(
     graph: TracedGraph,
     folder: Path,
@@ -100,6 +110,7 @@ def finish(
     provider: str,
     calibration: Path | None,
     max_drop: float,
+    options: Mapping[str, Any],
     longest: int | None,
     progress: Progress,
 ) -> FinishedGraph:
@@ -109,7 +120,7 @@ def finish(
         folder: the artifact's.
         provider: where it is run.
         calibration: the file whose texts, images or sounds are among the samples.
-        max_drop: for `auto`, as `export` takes it.
+        max_drop, options: as `export` takes them.
         longest: tokens that a decoder has positions for.
     """
     stages: list[StageParity] = []
@@ -125,7 +136,7 @@ def finish(
     if graph.file != model:
         hold(FULL, optimize=True)
         with progress(f"quantize {graph.name}", None):
-            precision, recipe = _quantize(graph, model, target, provider, max_drop)
+            precision, recipe = _quantize(graph, model, target, provider, max_drop, options)
         graph.file.unlink()
         graph.file.with_name(f"{graph.file.name}.data").unlink(missing_ok=True)
         if graph.swapped:
@@ -158,7 +169,12 @@ def finish(
 
 
 def _quantize(
-    graph: TracedGraph, model: Path, target: Target, provider: str, max_drop: float
+    graph: TracedGraph,
+    model: Path,
+    target: Target,
+    provider: str,
+    max_drop: float,
+    options: Mapping[str, Any],
 ) -> tuple[str, dict[str, Any] | None]:
     """Write `model` from the fp32 graph; its precision and the record of how."""
     # Real inputs where there are any: random ids make other activations than language does.
@@ -167,7 +183,7 @@ def _quantize(
     feeds = [sample.feeds for sample in samples]
     if graph.precision != AUTO:
         for width in _from(target, graph.kind, graph.precision):
-            recipe = recipe_for(target, graph.kind, width)
+            recipe = with_options(recipe_for(target, graph.kind, width), options)
             try:
                 record = quantize(graph.file, model, recipe, feeds)
             except NothingToQuantizeError:
@@ -179,7 +195,7 @@ def _quantize(
     record = choose(
         graph.file,
         model,
-        candidates(target, graph.kind),
+        [with_options(one, options) for one in candidates(target, graph.kind)],
         feeds,
         None,
         max_drop,

@@ -3,7 +3,7 @@
 import gc
 import importlib.metadata
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from mmopt_export.adapters.swap import swap_layers, swappable
 from mmopt_export.card import write_card
 from mmopt_export.checkpoint import Checkpoint, load_checkpoint
 from mmopt_export.files import require_output, require_space, staged_folder
-from mmopt_export.finishing import FULL, TracedGraph, finish, width_of
+from mmopt_export.finishing import FULL, TracedGraph, finish, recipes_of, width_of
 from mmopt_export.graph import trace
 from mmopt_export.manifest import PRECISIONS, FileRecord, Manifest, Source, record_files
 from mmopt_export.parity import StageParity, parity_table, stored_samples, write_parity
@@ -26,7 +26,7 @@ from mmopt_export.parts import Part, Proof
 from mmopt_export.placement import CPU, Placement
 from mmopt_export.progress import Progress, silent
 from mmopt_export.providers import AUTO, Target, get_target
-from mmopt_export.quantization import rewrite_for_cpu
+from mmopt_export.quantization import FLOATS, require_heeded, rewrite_for_cpu
 from mmopt_export.runtime import MODEL_NAME, has_provider, runtime_version
 from mmopt_export.signing import read_private_key, sign
 from mmopt_export.tasks import make_plan
@@ -99,6 +99,7 @@ def export(
     task: str | None = None,
     calibration: Path | None = None,
     max_drop: float | None = None,
+    options: Mapping[str, Any] | None = None,
     allow_drift: bool = False,
     unproven: bool = False,
     sign_key: Path | None = None,
@@ -126,6 +127,9 @@ def export(
             on them, and fitted to them.
         max_drop: for `auto`, what outputs may be off, relative to them, or what accuracy may drop
             where there are labels.
+        options: changes to how weights become integers, by field of `quantization.Recipe`:
+            `algorithm` (`rtn`, `hqq`, `gptq`), `block`, `symmetric`, `accuracy_level`, `embeddings`
+            (False keeps their tables floats) and `calibration` of a CNN.
         allow_drift: mark an artifact whose parity does not hold `accepted`, to be served all the
             same.
         unproven: where the target's provider is missing, prove on the CPU what can be, and mark the
@@ -148,6 +152,12 @@ def export(
         )
     if max_drop is not None and not 0 <= max_drop < math.inf:
         raise InputError(f"--max-drop {max_drop} is no budget, expected zero or more.")
+    options = options or {}
+    if options and (precision is None or precision in FLOATS):
+        raise InputError(
+            f"--set {next(iter(options))} changes how weights become integers, and --precision is "
+            f"{precision or 'left out'}. Pass --precision int8, int4 or {AUTO}, or leave it out."
+        )
     if swap and not specs:
         raise InputError("--adapters swap needs an adapter, expected --adapter PATH.")
     require_output(
@@ -172,6 +182,7 @@ def export(
             swap=swap,
             target=destination,
             precision=precision,
+            options=options,
             task=task,
             calibration=calibration,
             progress=progress,
@@ -186,6 +197,7 @@ def export(
                 provider=provider,
                 calibration=calibration,
                 max_drop=MAX_DROP if max_drop is None else max_drop,
+                options=options,
                 longest=traced.max_length,
                 progress=progress,
             )
@@ -279,6 +291,7 @@ def _trace(
     swap: bool,
     target: Target,
     precision: str | None,
+    options: Mapping[str, Any],
     task: str | None,
     calibration: Path | None,
     progress: Progress,
@@ -292,6 +305,11 @@ def _trace(
     plan = make_plan(checkpoint, task=task, calibration=calibration)
     wanted = precision or target.default_precision(plan.kind)
     target.require_precision(plan.kind, wanted)
+    kinds = {part.name: part.kind or plan.kind for part in plan.parts}
+    widths = {name: width_of(target, kind, wanted) for name, kind in kinds.items()}
+    require_heeded(
+        options, [one for name in kinds for one in recipes_of(target, kinds[name], widths[name])]
+    )
     weight_bytes = sum(p.numel() * p.element_size() for p in checkpoint.model.parameters())
     # The fp32 graph, the copy that quantization prepares from it, and the quantized graph.
     require_space(folder, 3 * weight_bytes + (16 << 20))
@@ -311,7 +329,7 @@ def _trace(
                 rewrite_for_cpu(graph)
         place = folder if alone else folder / part.name
         place.mkdir(exist_ok=True)
-        width = width_of(target, part.kind or plan.kind, wanted)
+        width = widths[part.name]
         # What is not fp32 in the end is made from the fp32 graph, which is removed then.
         file = place / (MODEL_NAME if width == FULL and not swapped else f"{FULL}.onnx")
         onnx_ir.save(graph, file, external_data=f"{file.name}.data")
@@ -322,7 +340,7 @@ def _trace(
         graphs.append(
             TracedGraph(
                 name=part.name,
-                kind=part.kind or plan.kind,
+                kind=kinds[part.name],
                 precision=width,
                 folder=place,
                 file=file,

@@ -41,6 +41,10 @@ def export(
         float | None,
         typer.Option(help="For auto: what outputs may be off, or accuracy may drop."),
     ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="key=value of int8 or int4, such as algorithm=gptq."),
+    ] = None,
     allow_drift: Annotated[
         bool, typer.Option("--allow-drift", help="Accept an artifact whose parity does not hold.")
     ] = False,
@@ -56,6 +60,7 @@ def export(
     Exit codes: 0 parity holds, 1 it does not, 2 bad input, 3 could not run.
     """
     from mmopt_export.pipeline import export as run
+    from mmopt_export.quantization import read_options
 
     return run(
         model,
@@ -67,6 +72,7 @@ def export(
         precision=precision,
         calibration=calibration,
         max_drop=max_drop,
+        options=read_options(set_ or ()),
         allow_drift=allow_drift,
         unproven=unproven,
         sign_key=sign,

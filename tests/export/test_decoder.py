@@ -102,6 +102,21 @@ def test_rotations_whose_tables_are_large_beside_the_weights_are_computed(
     assert_parity(exported.part, exported.session())
 
 
+@pytest.mark.parametrize("family", ["llama", "phi3-longrope"])
+def test_tables_are_pytorchs_to_the_last_bit(family: str) -> None:
+    """Longrope multiplies its cosines by a factor behind them."""
+    exported = traced(family)
+    rotary = exported.model.model.rotary_emb
+    stored = {one.name: one for one in onnx.load(exported.file).graph.initializer}
+    found = [onnx.numpy_helper.to_array(stored[f"rotary.0.{name}"]) for name in ("cos", "sin")]
+    # The last row, behind every position, is for tokens that are thrown away.
+    positions, width = len(found[0]) - 1, found[0].shape[1]
+    with torch.no_grad():
+        made = rotary(torch.empty(1, dtype=torch.float32), torch.arange(positions)[None])
+    for table, expected in zip(found, made, strict=True):
+        np.testing.assert_array_equal(table[:-1], expected[0, :, :width].numpy())
+
+
 def test_a_row_that_is_done_at_the_last_position_does_not_stop_the_others() -> None:
     """What it writes behind its cache is turned by a position that the model has not."""
     exported = traced("llama")

@@ -197,6 +197,8 @@ def test_an_artifact_for_a_newer_runtime_says_what_to_install(tmp_path: Path) ->
         ({"precision": "auto", "max_drop": -0.1}, "--max-drop -0.1 is no budget, expected zero"),
         ({"precision": "auto", "max_drop": float("nan")}, "--max-drop nan is no budget"),
         ({"swap": True}, "--adapters swap needs an adapter"),
+        ({"options": {"block": 64}}, "--set block changes how weights become integers"),
+        ({"options": {"block": 64}, "precision": "fp32"}, "--precision is fp32. Pass"),
     ],
 )
 def test_bad_options_are_refused_before_the_model_is_loaded(

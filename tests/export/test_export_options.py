@@ -17,6 +17,7 @@ import mmopt_export.pipeline
 from mmopt_export import Generator, Runner, export, load_checkpoint, read_manifest, verify
 from mmopt_export.files import same_artifact
 from mmopt_export.parity import GENERATED, read_samples, write_parity
+from mmopt_export.quantization import blockwise, read_options
 from mmopt_kernels.errors import CheckFailedError, InputError, MmoptError
 from tiny_adapters import save_peft
 from tiny_artifacts import seal, watch_weights
@@ -179,6 +180,67 @@ def test_adapters_are_chosen_per_run_over_a_4_bit_base(llama: Path, tmp_path: Pa
     assert answers[0] != answers[1] != answers[2] != answers[0]
     with pytest.raises(InputError, match="'c'"):
         generated(runner, "c")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"algorithm": "gptq"}, {"algorithm": "hqq", "symmetric": False}, {"embeddings": False}],
+    ids=lambda options: next(iter(options.values())),
+)
+def test_weights_become_integers_as_options_say(
+    llama: Path,
+    prompts: Path,
+    tmp_path: Path,
+    options: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(blockwise, "_MIN_TABLE", 1)
+    report = export(
+        str(llama),
+        tmp_path / "out",
+        precision="int4",
+        options={"block": 16, **options},
+        calibration=prompts,
+        allow_drift=True,  # int4 of random weights is far from them
+    )
+    assert report.exit_code == 0
+    record = read_manifest(tmp_path / "out").components["model"].quantization
+    assert record is not None
+    recipe = record["recipe"]
+    assert {name: recipe[name] for name in options} == options
+    graph = onnx.load(tmp_path / "out" / "model.onnx").graph
+    blocks = {
+        attribute.i
+        for node in graph.node
+        if node.op_type == "MatMulNBits"
+        for attribute in node.attribute
+        if attribute.name == "block_size"
+    }
+    assert blocks == {16}
+    assert bool(record["embeddings"]["tables"]) is recipe["embeddings"]
+
+
+def test_an_option_that_nothing_heeds_is_refused(
+    llama: Path, classifier: Path, tmp_path: Path
+) -> None:
+    for model, options, message in (
+        (llama, {"calibration": "entropy"}, "--set calibration is for .* method static"),
+        (classifier, {"block": 16}, "--set block is for the quantization of method weights"),
+        (llama, {"block": 5}, "a recipe has block 5, expected one of: 16, 32"),
+        (llama, {"embeddings": "yes"}, "a recipe has embeddings 'yes', expected one of: True"),
+        (llama, {"algorithm": "hqq"}, "goes with symmetric=False only"),
+    ):
+        with pytest.raises(InputError, match=message):
+            export(str(model), tmp_path / "out", precision="int8", options=options)
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_options_are_read_from_words() -> None:
+    words = ["block=64", "symmetric=false", "algorithm=hqq"]
+    assert read_options(words) == {"block": 64, "symmetric": False, "algorithm": "hqq"}
+    for word in ("block", "bits=4", "=4"):
+        with pytest.raises(InputError, match=f"--set {word}: expected key=value with one of"):
+            read_options([word])
 
 
 @pytest.mark.slow

@@ -3,15 +3,20 @@
 from mmopt_export.quantization.apply import layer_sensitivities, quantize
 from mmopt_export.quantization.choosing import Metric, choose
 from mmopt_export.quantization.recipe import (
+    FLOATS,
     NothingToQuantizeError,
     Recipe,
     candidates,
+    read_options,
     recipe_for,
+    require_heeded,
+    with_options,
     with_wider,
 )
 from mmopt_export.quantization.rewrites import rewrite_for_cpu
 
 __all__ = [
+    "FLOATS",
     "Metric",
     "NothingToQuantizeError",
     "Recipe",
@@ -19,7 +24,10 @@ __all__ = [
     "choose",
     "layer_sensitivities",
     "quantize",
+    "read_options",
     "recipe_for",
+    "require_heeded",
     "rewrite_for_cpu",
+    "with_options",
     "with_wider",
 ]

@@ -1,5 +1,7 @@
 """What is done to a graph's numbers, as data."""
 
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -10,6 +12,15 @@ METHODS = ("none", "half", "dynamic", "static", "weights")
 ALGORITHMS = ("rtn", "hqq", "gptq")
 CALIBRATIONS = ("minmax", "entropy", "percentile")
 FLOATS = ("fp32", "fp16", "bf16")
+
+# The fields that a user may change, by the methods that heed them.
+_OPTIONS: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "half": (),
+    "dynamic": ("embeddings",),
+    "static": ("calibration",),
+    "weights": ("algorithm", "block", "symmetric", "accuracy_level", "embeddings"),
+}
 
 
 class NothingToQuantizeError(MmoptError):
@@ -29,7 +40,8 @@ class Recipe:
         bits: of weights under `weights`: 4 or 8.
         block: consecutive inputs of a weight that share a scale: a power of two from 16 to 256.
         symmetric: whether blocks have no zero point.
-        accuracy_level: of MatMulNBits: 4 multiplies in int8, 0 in the activation's type.
+        accuracy_level: of MatMulNBits: 1 multiplies in fp32, 2 in fp16, 3 in bf16, 4 in int8, 0 in
+            the activation's type.
         algorithm: `rtn` rounds to nearest; `hqq` fits zero points (asymmetric only); `gptq` makes
             up for each rounding in what is not rounded yet, and needs samples.
         embeddings: whether embedding tables become int8 as well.
@@ -62,6 +74,9 @@ class Recipe:
             ("floats", self.floats, FLOATS),
             ("bits", self.bits, (4, 8)),
             ("block", self.block, (16, 32, 64, 128, 256)),
+            ("symmetric", self.symmetric, (True, False)),
+            ("accuracy_level", self.accuracy_level, (0, 1, 2, 3, 4)),
+            ("embeddings", self.embeddings, (True, False)),
         ):
             if value not in allowed:
                 raise InputError(
@@ -125,6 +140,54 @@ def candidates(target: Target, kind: str) -> list[Recipe]:
         for precision in reversed(capability.precisions)
         if precision not in ("fp16", "bf16") or precision == capability.default
     ]
+
+
+def read_options(words: Sequence[str]) -> dict[str, Any]:
+    """Changes to a recipe from `key=value`, as `mmopt export --set` takes them.
+
+    Raises:
+        InputError: no such key, or no value.
+    """
+    known = sorted({name for names in _OPTIONS.values() for name in names})
+    options: dict[str, Any] = {}
+    for word in words:
+        name, equals, text = word.partition("=")
+        if not equals or name not in known:
+            raise InputError(
+                f"--set {word}: expected key=value with one of the keys {', '.join(known)}, such "
+                "as algorithm=gptq."
+            )
+        try:
+            options[name] = json.loads(text)
+        except ValueError:
+            options[name] = text
+    return options
+
+
+def with_options(recipe: Recipe, options: Mapping[str, Any]) -> Recipe:
+    """`recipe` with those of `options` that its method heeds.
+
+    Raises:
+        InputError: a value is none that a recipe may have.
+    """
+    heeded = _OPTIONS[recipe.method]
+    return replace(recipe, **{key: value for key, value in options.items() if key in heeded})
+
+
+def require_heeded(options: Mapping[str, Any], recipes: Iterable[Recipe]) -> None:
+    """Raise where none of `recipes` heeds one of `options`, or cannot have its value.
+
+    Raises:
+        InputError: such an option.
+    """
+    heeded = {name for one in recipes for name in _OPTIONS[with_options(one, options).method]}
+    for name in options:
+        if name not in heeded:
+            methods = [method for method, names in _OPTIONS.items() if name in names]
+            raise InputError(
+                f"--set {name} is for the quantization of method {' or '.join(methods)}, and "
+                "nothing of this model takes it at this precision. Leave it out."
+            )
 
 
 def with_wider(recipe: Recipe, nodes: tuple[str, ...]) -> Recipe:

@@ -676,10 +676,44 @@ def test_autocast_computes_in_its_dtype_and_returns_gradients_in_the_inputs(impl
     assert torch.autograd.grad(out.sum(), sinks)[0].dtype == torch.float16
 
 
-def test_second_derivative_is_refused() -> None:
+def _keys_kept(*lengths: int, S: int = 128) -> dict[str, Any]:
+    return {"intervals": Intervals.key_padding(torch.tensor(lengths), S, T=S), "causal": True}
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="PyTorch's kernel for the CPU")
+@pytest.mark.parametrize(
+    ("options", "by"),
+    [
+        ({}, "ScaledDotProduct"),
+        ({"causal": True}, "ScaledDotProduct"),
+        (_keys_kept(128, 70), "ScaledDotProduct"),
+        (_keys_kept(70, 70), "ScaledDotProduct"),  # no row of the batch sees the last keys
+        (_keys_kept(128, 0), "mmopt_attention"),  # rows that see nothing
+        ({"causal": True, "softcap": 5.0}, "mmopt_attention"),
+        ({"causal": True, "impl": "cpu"}, "mmopt_attention"),
+    ],
+)
+def test_one_call_of_pytorchs_kernel_is_made_without_the_op(
+    options: dict[str, Any], by: str
+) -> None:
+    case = Case(B=2, Hq=4, Hkv=2, S=128, T=128, D=8)
+    q, k, v = inputs(case, torch.float32)
+    out = attention(q, k, v, **options)
+    assert out.grad_fn is not None
+    assert by in out.grad_fn.name()
+    expected = attention(q, k, v, **{**options, "impl": "reference"})
+    torch.testing.assert_close(out, expected)
+    grad = torch.randn_like(out)
+    found, wanted = (torch.autograd.grad(x, (q, k, v), grad) for x in (out, expected))
+    torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("impl", ["reference", "auto"])
+def test_second_derivative_is_refused(impl: str) -> None:
+    """By the op, and where PyTorch's kernel is called without it by PyTorch."""
     q, k, v = inputs(Case(S=3, T=3), torch.float32)
-    (dq,) = torch.autograd.grad(attention(q, k, v).sum(), q, create_graph=True)
-    with pytest.raises(NotImplementedError, match="second derivative"):
+    (dq,) = torch.autograd.grad(attention(q, k, v, impl=impl).sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"second derivative|is not implemented"):
         dq.sum().backward()
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mmopt_kernels._autocast import autocast_dtype
 from mmopt_kernels._seed import check_dropout, seed_on
+from mmopt_kernels.attention import cpu
 from mmopt_kernels.attention.intervals import Intervals
 from mmopt_kernels.attention.ops import DTYPES, IMPLS  # registers the op too
 from mmopt_kernels.errors import KernelInputError
@@ -125,16 +126,23 @@ def attention(
         sinks = None if sinks is None else sinks.float()
     _check(q, k, v, intervals, impl)
     _check_options(q, softcap, sinks, dropout_p, seed, deterministic)
+    lo, hi = (None, None) if intervals is None else (intervals.lo, intervals.hi)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    plain = softcap is None and sinks is None and dropout_p == 0
+    if plain and impl == "auto" and not return_lse and cpu.supported(q, k):
+        out = cpu.direct(q, k, v, lo, hi, causal, scale)
+        if out is not None:
+            return out
     out, lse = torch.ops.mmopt.attention(
         q,
         k,
         v,
-        None if intervals is None else intervals.lo,
-        None if intervals is None else intervals.hi,
+        lo,
+        hi,
         sinks,
         seed_on(q.device, seed) if dropout_p > 0 else None,
         causal,
-        q.shape[-1] ** -0.5 if scale is None else float(scale),
+        scale,
         None if softcap is None else float(softcap),
         float(dropout_p),
         deterministic,

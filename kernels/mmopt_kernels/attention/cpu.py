@@ -14,6 +14,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from mmopt_kernels.attention.philox import keep_mask
 from mmopt_kernels.attention.reference import sinks_backward
@@ -34,6 +35,9 @@ KEPT_MASKS = 4
 SCORE_ELEMENTS = 2**18
 SCORE_ROWS = 16
 
+# What has values to look at; subclasses may be fake.
+_PLAIN = (Tensor, torch.nn.Parameter)
+
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -41,6 +45,51 @@ _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 def supported(q: Tensor, k: Tensor) -> bool:
     """PyTorch's kernel needs at least one query, one key and one head."""
     return q.device.type == "cpu" and q.numel() > 0 and k.numel() > 0
+
+
+def direct(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lo: Tensor | None,
+    hi: Tensor | None,
+    causal: bool,
+    scale: float,
+) -> Tensor | None:
+    """Out of one call of PyTorch's kernel, with PyTorch's derivative; None where that is not all.
+
+    Everything else is an op of this package, whose forward and backward take some tens of
+    microseconds each to come from PyTorch to Python and back: 2% of a batch of 4 by 128 tokens.
+    Modes see that op too, since PyTorch's has no FLOP formula.
+    """
+    S, T = q.shape[2], k.shape[2]
+    compiling = torch.compiler.is_compiling()
+    if not compiling and is_in_torch_dispatch_mode():
+        return None
+    blocks: tuple[MaskedBlock, ...] = ()
+    if lo is None and hi is None:
+        maskless = _maskless(S, T, None, causal)
+    elif compiling or any(type(x) not in _PLAIN for x in (q, k, v)):
+        return None  # bounds have no values
+    elif _keeps(lo, hi, T):
+        maskless, blocks = _kept(_values(lo), _values(hi), S, T, causal, q.dtype)
+    else:
+        return None
+    mask = None
+    if maskless is None:
+        if len(blocks) != 1 or blocks[0].empty is not None or not blocks[0].is_all(q):
+            return None
+        keys, mask = blocks[0].keys, blocks[0].mask
+        if keys != slice(0, T):
+            k, v = k[:, :, keys], v[:, :, keys]
+    q, k, v = unit_last_stride(q), unit_last_stride(k), unit_last_stride(v)
+    out, _ = _forward(q, k, v, 0.0, maskless == "causal", attn_mask=mask, scale=scale)
+    return out  # type: ignore[no-any-return]
+
+
+def unit_last_stride(x: Tensor) -> Tensor:
+    """`x`, or a copy: the kernels walk a row one element at a time, PyTorch's without checking."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 @dataclass(frozen=True)
@@ -268,12 +317,16 @@ def _flash_work(
         return maskless, () if maskless else _flash_blocks(
             *_bounds(S, T, lo, hi, causal), T, q.dtype
         )
-    B = max(bound.shape[0] for bound in (lo, hi) if bound is not None)
-    if B * S * T <= KEPT_ELEMENTS:
+    if _keeps(lo, hi, T):
         return _kept(_values(lo), _values(hi), S, T, causal, q.dtype)
     bounds = _bounds(S, T, lo, hi, causal)
     maskless = _maskless(S, T, bounds, causal)
     return maskless, () if maskless else _flash_blocks(*bounds, T, q.dtype)
+
+
+def _keeps(lo: Tensor | None, hi: Tensor | None, T: int) -> bool:
+    """Whether the mask of these bounds is small enough to be kept."""
+    return T * max(bound.numel() for bound in (lo, hi) if bound is not None) <= KEPT_ELEMENTS
 
 
 def _values(bound: Tensor | None) -> bytes | None:

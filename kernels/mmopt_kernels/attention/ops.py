@@ -104,11 +104,6 @@ def _sdpa(
     return name
 
 
-def _unit_last_stride(x: Tensor) -> Tensor:
-    """Both fast kernels walk a row one element at a time; PyTorch's does so without checking."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def _heads_last(x: Tensor) -> Tensor:
     """``[B, H, S, D]`` stored as ``[B, S, H, D]``; no copy when it already is."""
     return x.transpose(1, 2).contiguous().transpose(1, 2)
@@ -158,7 +153,7 @@ def _attention(
     deterministic: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    q, k, v = _unit_last_stride(q), _unit_last_stride(k), _unit_last_stride(v)
+    q, k, v = cpu.unit_last_stride(q), cpu.unit_last_stride(k), cpu.unit_last_stride(v)
     others = (lo, hi, sinks, seed, softcap)
     backend = _sdpa("forward", impl, q, k, v, others, causal, deterministic)
     if backend is not None:
@@ -224,8 +219,8 @@ def _attention_backward(
     deterministic: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    q, k, v = _unit_last_stride(q), _unit_last_stride(k), _unit_last_stride(v)
-    grad_out, out = _unit_last_stride(grad_out), _unit_last_stride(out)
+    q, k, v = cpu.unit_last_stride(q), cpu.unit_last_stride(k), cpu.unit_last_stride(v)
+    grad_out, out = cpu.unit_last_stride(grad_out), cpu.unit_last_stride(out)
     others = (lo, hi, sinks, seed, softcap, grad_lse)
     backend = _sdpa("backward", impl, q, k, v, others, causal, deterministic)
     if backend is not None:

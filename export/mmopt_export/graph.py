@@ -1,8 +1,10 @@
 """Traces a PyTorch model into an ONNX graph, on transformers' own exporter."""
 
+import ast
 import contextlib
 import io
 import logging
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -20,6 +22,7 @@ from mmopt_export.device import keep_on_device
 from mmopt_export.encoders import fused_attention
 from mmopt_export.manifest import TensorSpec
 from mmopt_export.parts import Part
+from mmopt_export.quantization.half import KEPT_WIDE
 from mmopt_export.repairs import repair
 from mmopt_export.runtime import MODEL
 from mmopt_kernels.errors import MmoptError, one_line
@@ -82,12 +85,44 @@ def _traced(part: Part, target: str) -> onnx_ir.Model:
     graph: onnx_ir.Model = exported.program
     _require_inputs(graph, part, what)
     repair(graph)
+    wide = _wide_nodes(graph, module)
     strip_metadata(graph)
+    for node, types in wide.items():
+        node.metadata_props[KEPT_WIDE] = types
     _name_dimensions(graph, part)
     if fused:
         drop_reshapes(graph)
         RemoveUnusedNodesPass()(graph)
     return graph
+
+
+def _wide_nodes(graph: onnx_ir.Model, module: torch.nn.Module) -> dict[onnx_ir.Node, str]:
+    """Nodes of modules whose weights transformers keeps fp32 in a model in fp16, or in both halves.
+
+    What they compute leaves the range of fp16: the second projection of a feed-forward of T5, say.
+    """
+    models = [one for one in module.modules() if isinstance(one, transformers.PreTrainedModel)]
+    found: dict[onnx_ir.Node, str] = {}
+    for attribute, types in (
+        ("_keep_in_fp32_modules", "fp16"),
+        ("_keep_in_fp32_modules_strict", "fp16 bf16"),
+    ):
+        names = {name for one in models for name in getattr(one, attribute, None) or ()}
+        if names:
+            # As transformers matches them: whole parts of a dotted name.
+            pattern = re.compile("|".join(rf"(^|\.)({name})($|\.)" for name in sorted(names)))
+            found |= {
+                node: types for node in graph.graph if any(map(pattern.search, _modules(node)))
+            }
+    return found
+
+
+def _modules(node: onnx_ir.Node) -> list[str]:
+    """The modules that a node was traced in, from the outermost in."""
+    scopes: list[str] = ast.literal_eval(
+        node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]")
+    )
+    return scopes[:-1]  # the last is the node's own
 
 
 def tensor_specs(values: Any) -> tuple[TensorSpec, ...]:

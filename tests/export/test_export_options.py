@@ -184,8 +184,11 @@ def test_adapters_are_chosen_per_run_over_a_4_bit_base(llama: Path, tmp_path: Pa
 
 @pytest.mark.parametrize(
     "options",
-    [{"algorithm": "gptq"}, {"algorithm": "hqq", "symmetric": False}, {"embeddings": False}],
-    ids=lambda options: next(iter(options.values())),
+    [
+        pytest.param({"algorithm": "gptq"}, id="gptq"),
+        pytest.param({"algorithm": "hqq", "symmetric": False}, id="hqq", marks=pytest.mark.slow),
+        pytest.param({"embeddings": False}, id="embeddings"),
+    ],
 )
 def test_weights_become_integers_as_options_say(
     llama: Path,

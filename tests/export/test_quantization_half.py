@@ -10,6 +10,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from mmopt_export.quantization import Recipe, quantize
+from mmopt_export.quantization.half import KEPT_WIDE
 from mmopt_kernels.errors import MmoptError
 from onnx_files import Arrays, relative, rng, run, write
 
@@ -167,6 +168,45 @@ def test_the_weight_is_fp32_where_what_is_normalized_is(tmp_path: Path, kind: st
     found = types(tmp_path / "bf16.onnx")
     assert (found["m"], found["h"]) == (TensorProto.BFLOAT16, TensorProto.FLOAT)
     assert (found["gamma"], found["scaled"]) == (TensorProto.FLOAT, TensorProto.FLOAT)
+
+
+def test_what_is_kept_by_name_stays_fp32_with_the_sums_that_it_goes_into(tmp_path: Path) -> None:
+    """Products of 1e5, as the second projections of T5's feed-forwards have, are no fp16."""
+    weights: Arrays = {
+        "w1": rng().standard_normal((32, 32), np.float32),
+        "w2": rng(1).standard_normal((32, 32), np.float32) * 2e4,
+        "w3": rng(2).standard_normal((32, 8), np.float32),
+        "gamma": np.ones(32, np.float32),
+        "beta": np.zeros(32, np.float32),
+    }
+    nodes = [
+        helper.make_node("MatMul", ["x", "w1"], ["h"], "first"),
+        helper.make_node("MatMul", ["h", "w2"], ["p"], "second"),
+        helper.make_node("Add", ["h", "p"], ["sum"], "sum"),
+        helper.make_node("LayerNormalization", ["sum", "gamma", "beta"], ["n"], "norm"),
+        helper.make_node("MatMul", ["n", "w3"], ["y"], "third"),
+    ]
+    source = write(tmp_path / "fp32.onnx", nodes, {"x": ["rows", 32]}, ["y"], weights)
+    x = {"x": rng(3).standard_normal((5, 32), np.float32)}
+    expected = evaluate(source, x)[0]
+
+    def half(marked: str) -> tuple[dict[str, int], np.ndarray]:
+        model = onnx.load(source)
+        entry = model.graph.node[1].metadata_props.add()
+        entry.key, entry.value = KEPT_WIDE, marked
+        onnx.save(model, tmp_path / "marked.onnx")
+        quantize(tmp_path / "marked.onnx", tmp_path / "fp16.onnx", FP16)
+        return types(tmp_path / "fp16.onnx"), evaluate(tmp_path / "fp16.onnx", x)[0]
+
+    found, got = half("fp16 bf16")
+    assert {found[name] for name in ("p", "sum", "n")} == {TensorProto.FLOAT}
+    assert {found[name] for name in ("h", "w1_fp16", "w3_fp16")} == {TensorProto.FLOAT16}
+    assert relative(got, expected) < 5e-3
+    # It is not kept in this half, and the product is infinite.
+    with np.errstate(over="ignore", invalid="ignore"):
+        found, got = half("bf16")
+    assert found["p"] == TensorProto.FLOAT16
+    assert not np.isfinite(got).all()
 
 
 def test_a_temperature_after_a_norm_stays_with_it(tmp_path: Path) -> None:

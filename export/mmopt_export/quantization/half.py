@@ -48,6 +48,11 @@ _WIDE = frozenset(
         "Sqrt",
     ]
 )
+KEPT_WIDE = "mmopt.fp32"
+"""Metadata of a node: the half precisions, `fp16` or `fp16 bf16`, in which it stays fp32."""
+# What takes a sum on: such a sum is fp32 where something is that is kept so by name.
+_SUMS = frozenset(["Add", "SkipLayerNormalization", "SkipSimplifiedLayerNormalization"])
+_NORMS = frozenset(["LayerNormalization", "SimplifiedLayerNormalization"])
 # A node of these is fp32 where all that it computes with is: the sum of a variance and epsilon.
 _FOLLOWS = frozenset(
     [
@@ -226,6 +231,8 @@ class _Conversion:
     def __init__(self, graph: onnx_ir.Graph, floats: str) -> None:
         self.graph, self.floats, self.type = graph, floats, _TYPES[floats]
         self.wide: set[onnx_ir.Value] = set()
+        # What nodes compute that are kept fp32 by name, and the sums that it goes into.
+        self.kept: set[onnx_ir.Value] = set()
         self.casts: dict[tuple[onnx_ir.Value, bool], onnx_ir.Value] = {}
 
     def run(self) -> dict[str, Any]:
@@ -243,7 +250,7 @@ class _Conversion:
         nodes = list(graph)
         keeps = []
         for node in nodes:
-            keep = node in exact or self._stays_wide(node, constants)
+            keep = node in exact or self._is_kept(node) or self._stays_wide(node, constants)
             keeps.append(keep)
             kept += keep
             if keep:
@@ -295,6 +302,17 @@ class _Conversion:
                 found.add(node)
                 values.update(outputs)
         return found
+
+    def _is_kept(self, node: onnx_ir.Node) -> bool:
+        """Whether a node is fp32 by name, or adds up or normalizes what is."""
+        named = self.floats in node.metadata_props.get(KEPT_WIDE, "").split()
+        if not named and not any(value in self.kept for value in node.inputs):
+            return False
+        if named or node.op_type == "Add":
+            self.kept.add(node.outputs[0])
+        elif node.op_type in _SUMS:
+            self.kept.update(node.outputs[3:])
+        return named or node.op_type in _SUMS | _NORMS
 
     def _stays_wide(self, node: onnx_ir.Node, constants: set[onnx_ir.Value]) -> bool:
         if self.floats == "bf16" and not _computes_in_bf16(node):

@@ -719,10 +719,9 @@ def _one_pass(m: int, n: int, warps: int, stages: int) -> tuning.Config:
 
 # What to tune one pass with on sm_90, in 16 bits without dropout and softcap, by `block_d`:
 #   tuning.tune("attention_backward_one_pass", [None, *ONE_PASS[128]], call)
-# Nothing is measured yet. All multiply with wgmma alone. With Triton 3.6.0 and 3.7.1 those of 64
-# and the first of 128 spill nothing, the second 4 bytes where queries share keys. The others, whose
-# key blocks are twice as large and so add half as often to dQ, spill 64 to 440 bytes a thread, most
-# of it where tiles are masked or what a loop only reads.
+# Nothing is measured yet. All multiply with wgmma alone. With Triton 3.7.1 those of 64 and the
+# first of 128 spill nothing, the second 4 bytes where queries share keys. The others, whose key
+# blocks are twice as large and so add half as often to dQ, spill 64 to 440 bytes a thread.
 ONE_PASS = {
     64: (_one_pass(64, 128, 8, 2), _one_pass(32, 128, 8, 3), _one_pass(64, 64, 4, 3)),
     128: (

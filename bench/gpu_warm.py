@@ -19,9 +19,12 @@ import lora_cases
 import torch
 from gpu_peers import Unavailable
 
+ATTENTION_PEERS = tuple(
+    peer for peer in attention_cases.GPU_PEERS if peer.startswith(("mmopt", "flex"))
+)
 # Of each suite the module, its cases' directions, and the peers that compile.
 SUITES: dict[str, tuple[Any, tuple[str, ...], tuple[str, ...]]] = {
-    "attention": (attention_cases, tuple(attention_cases.CALLS), ("mmopt", "mmopt-triton", "flex")),
+    "attention": (attention_cases, tuple(attention_cases.CALLS), ATTENTION_PEERS),
     "lora": (lora_cases, lora_cases.DIRECTIONS, ("mmopt", "mmopt-triton", "peft-compiled")),
     "losses": (losses, ("",), ("mmopt", "compiled", "liger")),
 }

@@ -38,6 +38,9 @@ from mmopt_kernels.inspection.capture import recording
 
 TABLES = Path(tuning.__file__).with_name("tables")
 
+# Entries of tables whose kernel is another's with other arguments.
+LAUNCHED = {"attention_backward_one_pass": "attention_backward_dkdv"}
+
 # Of one candidate, where a message takes the place of figures that there are none of.
 Figures = Mapping[str, Any] | str
 
@@ -59,7 +62,8 @@ def _measure(target: str, kernel: str, case: str, config: tuning.Config) -> Figu
         try:
             planned = enumerate(worker.plan(target, case))
             # Of launches that compile to the same code one: the others would come from the cache.
-            found = {one["key"]: index for index, one in planned if one["kernel"] == kernel}
+            name = LAUNCHED.get(kernel, kernel)
+            found = {one["key"]: index for index, one in planned if one["kernel"] == name}
             indices = list(found.values())
             built = [worker.build(target, case, index, None) for index in indices]
         except Exception as error:  # noqa: BLE001 - one candidate's failure is one line
@@ -96,6 +100,7 @@ def candidates(kernel: str, chosen: argparse.Namespace) -> list[dict[str, int]]:
         "num_stages": chosen.stages,
         "TMA": chosen.tma,
         "SPLIT": chosen.split,
+        "BULK": chosen.bulk,
     }
     axes = {name: axes[name] for name in tuning.FIELDS[kernel]}
     found = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
@@ -117,7 +122,7 @@ def sweep(chosen: argparse.Namespace) -> None:
 
 
 def _short(config: tuning.Config) -> str:
-    flags = [name for name in ("TMA", "SPLIT") if config.get(name)]
+    flags = [name for name in ("TMA", "SPLIT", "BULK") if config.get(name)]
     tile = "x".join(map(str, _blocks(config)))
     return " ".join([tile, f"w{config['num_warps']} s{config['num_stages']}", *flags])
 
@@ -208,6 +213,7 @@ def main() -> None:
     one.add_argument("--stages", type=numbers, default=[2, 3])
     one.add_argument("--tma", type=flags, default=[False], help="on, off or on,off")
     one.add_argument("--split", type=flags, default=[False])
+    one.add_argument("--bulk", type=flags, default=[False])
     one.set_defaults(do=sweep)
     all_of_it = commands.add_parser("record", help="write figures into the tables")
     all_of_it.add_argument("targets", nargs="+", choices=TARGETS)

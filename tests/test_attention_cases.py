@@ -7,6 +7,7 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import gpu_peers
 import pytest
@@ -19,6 +20,7 @@ from attention_cases import (
     GPU,
     GPU_PEERS,
     Case,
+    OnePass,
     dense_mask,
     document_edges,
     runnable,
@@ -30,10 +32,12 @@ from torch import Tensor
 
 from mmopt.measure.suites.figures import read_figures
 from mmopt.measure.timing import WallTimer
-from mmopt_kernels import _triton
+from mmopt_kernels import _triton, tuning
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 CASES = [*CPU_QUICK, *CPU_SLOW, *GPU]
+
+ONE_PASS = [peer for peer, build in GPU_PEERS.items() if isinstance(build, OnePass)]
 
 # What cannot run on a CPU, in the words of whoever refuses.
 REFUSALS = {
@@ -42,6 +46,7 @@ REFUSALS = {
     "sdpa-efficient": "No viable backend",
     "flash-attn": "flash-attn",
     "flex": "does not support backward on CPU",
+    **dict.fromkeys(ONE_PASS, "with a mask at 16384 tokens"),
 }
 
 
@@ -76,7 +81,8 @@ def test_peers_agree_in_output_and_gradients(case: Case) -> None:
     """All that can run here, at small sizes, against SDPA with the dense mask."""
     peers = {**CPU_PEERS, **GPU_PEERS}
     if case not in GPU or not _triton.interpreting():
-        del peers["mmopt-triton"]  # slow in the interpreter
+        for peer in ("mmopt-triton", *ONE_PASS):
+            del peers[peer]  # slow in the interpreter
     case = tiny(case)
     ran: dict[str, set[str]] = {direction: set() for direction in CALLS}
     refused: dict[str, str] = {}
@@ -101,6 +107,30 @@ def test_peers_agree_in_output_and_gradients(case: Case) -> None:
     for found in ran.values():
         assert {"mmopt", "sdpa-mask", "sdpa-math"} | unmasked <= found
     assert "flex" in ran["forward"]
+    if "mmopt-triton" in peers and case.trains:
+        long = case.mask in ("images", "packed", "sliding") and case.name.endswith("16k")
+        assert (set(ONE_PASS) <= ran["forward+backward"]) is long
+
+
+@pytest.mark.skipif(not _triton.interpreting(), reason="tiny cases run in Triton's interpreter")
+def test_one_pass_is_what_its_peers_launch_and_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Autograd launches backward, which must find the tile as well."""
+    case = tiny(next(case for case in GPU if case.name == "packed-16k"))
+    given: dict[str, Any] = {}
+    lookup = tuning.lookup
+
+    def spy(kernel: str, *key: Any) -> tuning.Config | None:
+        given[kernel] = lookup(kernel, *key)
+        return given[kernel]
+
+    monkeypatch.setattr(tuning, "lookup", spy)
+    tiles = []
+    for peer in ("mmopt-triton", *ONE_PASS):
+        given.clear()
+        runnable(case, GPU_PEERS[peer], "forward+backward", "cpu")
+        tile = given["attention_backward_one_pass"]
+        tiles.append(tile and f"{tile['BLOCK_M']}x{tile['BLOCK_N']}")
+    assert tiles == [None, *(peer.removeprefix("mmopt-one-pass-") for peer in ONE_PASS)]
 
 
 @pytest.fixture

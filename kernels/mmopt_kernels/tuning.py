@@ -21,6 +21,13 @@ these, each only where those before it tie:
 
 An exact entry is the one at distance zero. Entries too narrow or with too few features never fit:
 what holds the smaller problem in registers may spill on the larger.
+
+Of the kernels in `OPTIONAL` an entry decides whether they are launched at all, which holds where it
+was found and says nothing of other problems: there the width and the features must be the launch's
+own, and so must the length, where the entry has one.
+
+An entry whose configuration is null wins like any other, and gives the launch none: the heuristic,
+or of an optional kernel what is launched in its place.
 """
 
 from __future__ import annotations
@@ -53,6 +60,9 @@ FIELDS = {
     # SPLIT: dV in one launch and dK in another, each with half of the accumulators.
     "attention_backward_dkdv": (*_ATTENTION, "SPLIT"),
     "attention_backward_dq": _ATTENTION,
+    # One pass over the keys for all gradients, in place of those two. BULK: dQ is summed through
+    # the tensor memory accelerator.
+    "attention_backward_one_pass": (*_ATTENTION, "BULK"),
     "lora_linear_forward": (
         "BLOCK_M",
         "BLOCK_N",
@@ -78,6 +88,7 @@ FIELDS = {
     # Its width is the vocabulary, its length the rows of a chunk.
     "cross_entropy": ("BLOCK_V", "num_warps"),
 }
+OPTIONAL = frozenset({"attention_backward_one_pass"})
 FEATURES = ("dropout", "softcap")
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _MEASURED = ("gpu", "triton", "torch", "date", "results")
@@ -102,7 +113,7 @@ class Entry:
 
     Attributes:
         length: rounded up to a power of two; None stands for every length.
-        config: arguments of the launch, as `FIELDS` lists them for the kernel.
+        config: arguments of the launch, as `FIELDS` lists them for the kernel; None for none.
         source: "static", chosen from what the compiler reports, or "measured".
         provenance: why, for a static entry; GPU, versions, date and results file of a measured one.
         shipped: of the package, rather than of the user.
@@ -114,7 +125,7 @@ class Entry:
     width: int
     features: tuple[str, ...]
     length: int | None
-    config: Config
+    config: Config | None
     source: str
     provenance: Mapping[str, str]
     shipped: bool
@@ -126,8 +137,13 @@ class Entry:
             and self.width >= key.width
             and _same_class(self.dtype, key.dtype)
             and set(self.features) >= set(key.features)
-            and (key.tma or not self.config.get("TMA", False))
+            and (key.tma or not needs_tma(self.config))
+            and (self.kernel not in OPTIONAL or self._is_of(key))
         )
+
+    def _is_of(self, key: Key) -> bool:
+        same = self.width == key.width and self.features == key.features
+        return same and self.length in (None, key.length)
 
     def distance(self, key: Key) -> tuple[float, ...]:
         return (
@@ -139,6 +155,11 @@ class Entry:
         )
 
 
+def needs_tma(config: Config | None) -> bool:
+    """Nothing but tensors that descriptors can describe, on a GPU that has them, can take it."""
+    return config is not None and any(config.get(name, False) for name in ("TMA", "BULK"))
+
+
 def lookup(
     kernel: str,
     target: str,
@@ -148,7 +169,7 @@ def lookup(
     features: tuple[str, ...] = (),
     tma: bool = False,
 ) -> Config | None:
-    """The nearest entry's configuration, or None where no entry fits.
+    """The nearest entry's configuration, or None where no entry fits or the nearest has none.
 
     Args:
         kernel: a key of `FIELDS`.
@@ -215,13 +236,13 @@ def reload() -> None:
 
 
 # Process-wide, not context variables: autograd runs backward launches in threads of its own.
-_forced: dict[str, Config] = {}
+_forced: dict[str, Config | None] = {}
 _asked: dict[str, Key] | None = None
 
 
 @contextlib.contextmanager
-def forcing(configs: Mapping[str, Config]) -> Iterator[dict[str, Key]]:
-    """Kernels named in configs launch with these inside, whatever the tables say.
+def forcing(configs: Mapping[str, Config | None]) -> Iterator[dict[str, Key]]:
+    """Kernels named in configs launch with these inside, whatever the tables say; None for none.
 
     For tuning and tests, in one thread at a time. Of nested ones the inner alone counts, and an
     empty one goes back to the tables. Yields what each kernel first asked with.
@@ -238,9 +259,9 @@ def forcing(configs: Mapping[str, Config]) -> Iterator[dict[str, Key]]:
         _forced, _asked = before
 
 
-def _checked_force(key: Key) -> Config:
+def _checked_force(key: Key) -> Config | None:
     config = _forced[key.kernel]
-    if config.get("TMA", False) and not key.tma:
+    if needs_tma(config) and not key.tma:
         raise KernelInputError(
             f"{key.kernel}: TMA is forced, expected tensors that descriptors can describe. Align "
             "their base and strides to 16 bytes, or force TMA off."
@@ -253,15 +274,15 @@ class Tuned:
     """What `tune` found: milliseconds of each candidate, or why it did not run."""
 
     key: Key
-    config: Config
-    timings: tuple[tuple[Config, float | str], ...]
+    config: Config | None
+    timings: tuple[tuple[Config | None, float | str], ...]
     table: Path
     results: Path
 
 
 def tune(
     kernel: str,
-    candidates: Sequence[Config],
+    candidates: Sequence[Config | None],
     call: Callable[[], object],
     *,
     folder: str | os.PathLike[str] | None = None,
@@ -272,7 +293,9 @@ def tune(
 
     Args:
         kernel: a key of `FIELDS`.
-        candidates: configurations, each with all fields of the kernel.
+        candidates: configurations, each with all fields of the kernel. None stands for a launch
+            without any: of an optional kernel, for what is launched in its place. First among
+            them, it also wins a tie.
         call: runs the op that launches the kernel, with the arguments to tune for. Everything else
             that it does is timed too, alike for every candidate.
         folder: where the table and a file with all timings go; MMOPT_TABLES by default.
@@ -296,20 +319,21 @@ def tune(
         _check_config(kernel, config, f"tune: candidate {index}")
     clock = clock or _graph_milliseconds
     key: Key | None = None
-    timings: list[tuple[Config, float | str]] = []
+    timings: list[tuple[Config | None, float | str]] = []
     for config in candidates:
+        tried = None if config is None else dict(config)
         with forcing({kernel: config}) as asked:
             try:
-                timings.append((dict(config), clock(call)))
+                timings.append((tried, clock(call)))
             except _skipped() as error:
-                timings.append((dict(config), f"{type(error).__name__}: {error}"))
+                timings.append((tried, f"{type(error).__name__}: {error}"))
         if kernel not in asked:
             raise InputError(f"tune: call does not launch {kernel}. Pass one that does.")
         key = asked[kernel]
     assert key is not None
     ran = [(ms, index) for index, (_, ms) in enumerate(timings) if isinstance(ms, float)]
     if not ran:
-        reasons = "\n".join(f"{dict(config)}: {why}" for config, why in timings)
+        reasons = "\n".join(f"{config}: {why}" for config, why in timings)
         raise InputError(f"tune: no candidate for {kernel} runs. Pass smaller tiles.\n{reasons}")
     best = timings[min(ran)[1]][0]
     return _write(Path(folder), key, best, timings, gpu or torch.cuda.get_device_name())
@@ -330,7 +354,11 @@ def _skipped() -> tuple[type[Exception], ...]:
 
 
 def _write(
-    folder: Path, key: Key, best: Config, timings: Sequence[tuple[Config, float | str]], gpu: str
+    folder: Path,
+    key: Key,
+    best: Config | None,
+    timings: Sequence[tuple[Config | None, float | str]],
+    gpu: str,
 ) -> Tuned:
     now = datetime.datetime.now(datetime.UTC)
     dtype = _name(key.dtype)
@@ -346,7 +374,7 @@ def _write(
         "width": key.width,
         "features": list(key.features),
         "length": key.length,
-        "config": dict(best),
+        "config": best,
         "source": "measured",
         **about,
         "results": str(results.relative_to(folder)),
@@ -361,20 +389,20 @@ def _write(
         other
         for other in rows
         if any(other[axis] != row[axis] for axis in axes)
-        or (other["config"].get("TMA", False) and not key.tma)
+        or (needs_tma(other["config"]) and not key.tma)
     ]
     report: dict[str, Any] = {
         "key": {**asdict(key), "dtype": dtype},
         **about,
         "timings": [
-            {"config": dict(config), "ms" if isinstance(ms, float) else "skipped": ms}
+            {"config": config, "ms" if isinstance(ms, float) else "skipped": ms}
             for config, ms in timings
         ],
     }
     _replace(results, report)
     _replace(table, {"target": key.target, "entries": [row, *rows]})
     reload()
-    return Tuned(key, MappingProxyType(dict(best)), tuple(timings), table, results)
+    return Tuned(key, _frozen(best), tuple(timings), table, results)
 
 
 def _replace(path: Path, content: object) -> None:
@@ -451,7 +479,7 @@ def _entry(row: object, where: str, target: str, shipped: bool) -> Entry:
         width=row["width"],
         features=tuple(listed),
         length=row["length"],
-        config=MappingProxyType(row["config"]),
+        config=_frozen(row["config"]),
         source=row["source"],
         provenance=MappingProxyType(provenance),
         shipped=shipped,
@@ -462,10 +490,12 @@ def _check_config(kernel: object, config: object, where: str) -> None:
     if kernel not in list(FIELDS):
         raise InputError(f"{where}: kernel is {kernel!r}, expected one of {', '.join(FIELDS)}.")
     fields = FIELDS[str(kernel)]
+    if config is None:
+        return
     if not isinstance(config, Mapping) or set(config) != set(fields):
-        raise InputError(f"{where}: config is {config!r}, expected {', '.join(fields)}.")
+        raise InputError(f"{where}: config is {config!r}, expected {', '.join(fields)}, or null.")
     for name, value in config.items():
-        if name in ("TMA", "SPLIT"):
+        if name in ("TMA", "SPLIT", "BULK"):
             good, expected = isinstance(value, bool), "true or false"
         elif name in ("num_stages", "GROUP_M"):
             good, expected = type(value) is int and value > 0, "a positive integer"
@@ -473,6 +503,10 @@ def _check_config(kernel: object, config: object, where: str) -> None:
             good, expected = _power_of_two(value), "a power of two"
         if not good:
             raise InputError(f"{where}: {name} is {value!r}, expected {expected}.")
+
+
+def _frozen(config: Config | None) -> Config | None:
+    return None if config is None else MappingProxyType(dict(config))
 
 
 def _power_of_two(x: object) -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="runs Triton kernels")
 
-from mmopt_kernels import _triton, tuning
+from mmopt_kernels import _triton, attention, tuning
 from mmopt_kernels.attention import kernel, kernel_backward
 from mmopt_kernels.attention import tiles as tiles_module
 from mmopt_kernels.attention.tiles import describable, has_tma
@@ -101,6 +101,7 @@ PLAIN = [
 
 
 KERNELS = ("attention_forward", "attention_backward_dkdv", "attention_backward_dq")
+ONE_PASS = "attention_backward_one_pass"
 
 
 @pytest.fixture(autouse=True)
@@ -111,12 +112,16 @@ def small_tiles() -> Iterator[None]:
 
 @contextmanager
 def tiles(
-    block_m: int, block_n: int, tma: bool = False, split: bool = False
+    block_m: int, block_n: int, tma: bool = False, split: bool = False, one_pass: bool = False
 ) -> Iterator[dict[str, tuning.Key]]:
     """Launches inside take these tiles, on a GPU too; yields what each asked with."""
     tile = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": 4, "num_stages": 1, "TMA": tma}
     dkdv = tile | {"SPLIT": split}
-    forced = dict.fromkeys(KERNELS, tile) | {"attention_backward_dkdv": dkdv}
+    forced: dict[str, tuning.Config | None] = dict.fromkeys(KERNELS, tile)
+    forced |= {
+        "attention_backward_dkdv": dkdv,
+        ONE_PASS: tile | {"BULK": tma} if one_pass else None,
+    }
     with tuning.forcing(forced) as asked:
         yield asked
 
@@ -213,14 +218,14 @@ def make(case: Case) -> Inputs:
     return Inputs(*(view for view, _ in pairs), sinks, grad_lse, [buffer for _, buffer in pairs])
 
 
-def run(case: Case, x: Inputs) -> dict[str, Tensor]:
+def run(case: Case, x: Inputs, deterministic: bool = False) -> dict[str, Tensor]:
     """Both launchers: out, lse, dq, dk, dv, and dsinks where there are sinks."""
     lo, hi = (None if b is None else b.to(DEVICE) for b in case.bounds())
     seed = torch.tensor([SEED], device=DEVICE) if case.dropout else None
     rest = (case.causal, case.D**-0.5, case.softcap, case.dropout)
     out, lse = kernel.launch(x.q, x.k, x.v, lo, hi, x.sinks, seed, *rest)
     dq, dk, dv, dsinks = kernel_backward.launch_backward(
-        x.grad, x.grad_lse, x.q, x.k, x.v, out, lse, lo, hi, x.sinks, seed, *rest
+        x.grad, x.grad_lse, x.q, x.k, x.v, out, lse, lo, hi, x.sinks, seed, *rest, deterministic
     )
     got = {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv, "dsinks": dsinks}
     if x.sinks is None:
@@ -248,6 +253,19 @@ def test_outputs_and_gradients_match_the_float64_oracle(case: Case) -> None:
 
     Empty rows give exact zeros, nothing reads the NaN around the inputs, nothing writes there.
     """
+    hold_against_the_oracle(case)
+
+
+@pytest.mark.parametrize("case", [*PLAIN[1:6], *PLAIN[7:10], PLAIN[11]], ids=str)
+def test_gradients_of_one_pass_match_the_float64_oracle(case: Case) -> None:
+    """As those of two passes do: one key, one query, several runs, groups, every feature."""
+    with tiles(16, 32, one_pass=True) as asked:
+        hold_against_the_oracle(case)
+    assert ONE_PASS in asked
+    assert asked.keys().isdisjoint(KERNELS[1:])
+
+
+def hold_against_the_oracle(case: Case) -> None:
     x = make(case)
     before = [b.clone() for b in x.buffers]
     got, want, same = run(case, x), expected(case, x, torch.float64), expected(case, x, case.dtype)
@@ -445,7 +463,7 @@ def test_descriptors_and_pointers_give_the_same_bits(
     made = loads_through_descriptors(monkeypatch)
     with on_sm_90(), tiles(16, 16, tma=True) as asked:
         described = run(case, x)
-    assert set(asked) == set(KERNELS)
+    assert set(asked) == {*KERNELS, ONE_PASS}
     # q, k, v and out; q, k, v, dout, dk and dv; q, k, v, dout and dq.
     assert made == [4 + 6 + 5]
     for name, value in pointers.items():
@@ -508,3 +526,57 @@ def test_dk_and_dv_of_two_launches_are_those_of_one(case: Case) -> None:
         split = run(case, x)
     for name, value in both.items():
         assert torch.equal(value, split[name]), name
+
+
+@pytest.mark.parametrize("case", DESCRIBED[:1] + DESCRIBED[3:4], ids=str)
+def test_one_pass_through_descriptors_is_that_through_pointers(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for the order in which a GPU adds up dQ."""
+    x = make(case)
+    x.q, x.k, x.v, x.grad = (in_aligned_poison(t) for t in (x.q, x.k, x.v, x.grad))
+    with tiles(16, 16, one_pass=True):
+        pointers = run(case, x)
+    made = loads_through_descriptors(monkeypatch)
+    with on_sm_90(), tiles(16, 16, tma=True, one_pass=True):
+        described = run(case, x)
+    assert made == [4 + 6]  # as of two passes, without those of dQ
+    limit = 4 * torch.finfo(case.dtype).eps
+    torch.testing.assert_close(described.pop("dq"), pointers.pop("dq"), rtol=limit, atol=1e-5)
+    for name, value in pointers.items():
+        assert torch.equal(value, described[name]), name
+
+
+def test_what_must_be_deterministic_takes_two_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the tables say: asked of the op, or of PyTorch as a whole."""
+    case = Case(S=20, T=20, causal=True, B=1)
+    x = make(case)
+    two = run(case, x)
+    for everywhere in (False, True):
+        monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda e=everywhere: e)
+        with tiles(16, 16, one_pass=True) as asked:
+            got = run(case, x, deterministic=not everywhere)
+        assert set(asked) == set(KERNELS)
+        for name, value in two.items():
+            assert torch.equal(value, got[name]), name
+
+
+def test_the_op_says_whether_one_pass_may_be_taken() -> None:
+    q = torch.zeros(1, 1, 5, 16, device=DEVICE, requires_grad=True)
+    for deterministic in (False, True):
+        out = attention(q, q, q, deterministic=deterministic, impl="triton")
+        with tiles(16, 16, one_pass=True) as asked:
+            out.sum().backward()
+        assert (ONE_PASS in asked) is not deterministic
+
+
+def test_one_pass_over_no_keys_gives_zeros() -> None:
+    x = torch.ones(1, 2, 5, 16, device=DEVICE)
+    none = x[:, :, :0]
+    lse = torch.full((1, 2, 5), float("-inf"), device=DEVICE)
+    inputs = (x, None, x, none, none, torch.zeros_like(x), lse, None, None, None, None)
+    with tiles(16, 16, one_pass=True) as asked:
+        dq, dk, _, _ = kernel_backward.launch_backward(*inputs, False, 1.0, None, 0.0)
+    assert ONE_PASS in asked
+    assert dk.shape == none.shape
+    assert not dq.any()

@@ -37,6 +37,13 @@ def row(block_m: int, **changes: Any) -> dict[str, Any]:
     return plain | changes
 
 
+ONE_PASS = "attention_backward_one_pass"
+
+
+def one_pass(block_m: int) -> dict[str, int]:
+    return config(block_m) | {"BULK": False}
+
+
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty folder of user tables."""
@@ -88,6 +95,33 @@ def test_entry_with_fewer_features_than_the_launch_never_fits(folder: Path) -> N
     # A narrower width counts for more than spare features do.
     write(folder, row(16), row(32, width=128, features=[]))
     assert found() == 16
+
+
+def test_an_entry_without_a_configuration_wins_and_gives_none(folder: Path) -> None:
+    """Where nothing was better, a farther entry must not come in its place."""
+    write(folder, row(16, length=8192), row(32, config=None, length=1024))
+    assert found(length=8192) == 16
+    assert found(length=1000) is None
+
+
+def test_an_optional_kernel_is_launched_only_where_its_entry_was_found(folder: Path) -> None:
+    """Not at the nearest width, length or features: there two passes may be faster."""
+    entry = row(16, kernel=ONE_PASS, config=one_pass(16), features=["softcap"], width=128)
+
+    def fits(width: int, length: int, *features: str, dtype: torch.dtype = BF16) -> bool:
+        return tuning.lookup(ONE_PASS, "sm_00", dtype, width, length, features) is not None
+
+    write(folder, entry | {"length": 4096})
+    assert fits(128, 4096, "softcap")
+    assert fits(128, 2049, "softcap", dtype=FP16)
+    assert not fits(128, 2048, "softcap")
+    assert not fits(128, 4097, "softcap")
+    assert not fits(64, 4096, "softcap")
+    assert not fits(128, 4096)
+    assert not fits(128, 4096, "softcap", dtype=FP32)
+    write(folder, entry)
+    assert fits(128, 1, "softcap"), "an entry without a length is for all"
+    assert not fits(64, 1, "softcap")
 
 
 def test_dtypes_of_16_bits_stand_in_for_each_other_and_float32_for_none(folder: Path) -> None:
@@ -226,6 +260,27 @@ def test_tuning_writes_the_fastest_candidate_with_its_provenance(folder: Path) -
     assert [timing.get("ms") for timing in timings] == [2.0, 1.0, None]
     assert timings[2]["skipped"] == "KernelInputError: too large"
     assert [path for path in folder.rglob("*") if path.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_tuning_says_whether_one_pass_is_faster_than_two(folder: Path, passes: int) -> None:
+    """Two passes are the launch without an entry; where they win no other entry may come."""
+
+    def backward() -> tuning.Config | None:
+        return tuning.lookup(ONE_PASS, "sm_00", FP16, 64, 1000)
+
+    def clock(call: Any) -> float:
+        return float({None: 3 - passes, 16: 3.0, 32: 1.5}[call() and call()["BLOCK_M"]])
+
+    nearer = row(64, kernel=ONE_PASS, config=one_pass(64), dtype="float16", features=[])
+    write(folder, nearer)
+    assert backward() == one_pass(64)
+    candidates = [None, one_pass(16), one_pass(32)]
+    got = tuning.tune(ONE_PASS, candidates, backward, clock=clock, gpu="a clock")
+    assert got.config == backward() == (one_pass(32) if passes == 1 else None)
+    assert got.timings[0] == (None, 3 - passes)
+    timings = json.loads(got.results.read_text())["timings"]
+    assert [timing["config"] for timing in timings] == candidates
 
 
 def test_tuning_again_replaces_the_entry_of_the_same_key_alone(folder: Path) -> None:

@@ -95,9 +95,12 @@ def attention(
             the same for every ``impl``. None draws one from torch's generator of that device, so
             ``torch.manual_seed`` governs it and checkpointing replays it. Ignored without dropout,
             so that one call serves training and evaluation.
-        deterministic: promise bitwise equal results from call to call, gradients included. Only
-            PyTorch's CUDA kernels could break it, and run no backward then; a dropout whose seed
-            is drawn cannot keep it, and is refused.
+        deterministic: promise bitwise equal results from call to call, gradients included. What
+            could break it runs no backward then: PyTorch's CUDA kernels, and our one pass, which
+            adds up the gradient of q in no certain order. That one runs only where a table asks
+            for it, and none that ships does: yours may, of `tuning.tune` and MMOPT_TABLES, and
+            without ``deterministic`` the gradient of q may then differ in its last bits. A
+            dropout whose seed is drawn cannot keep the promise, and is refused.
         return_lse: also return the log-sum-exp of each row's scores, the sink's included.
         impl: ``"auto"``; ``"reference"`` (plain PyTorch, any device); ``"cpu"`` (blocks of rows,
             in PyTorch's CPU flash kernel where that can do it); ``"triton"`` (a GPU, or the CPU

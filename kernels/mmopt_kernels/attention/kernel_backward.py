@@ -2,7 +2,13 @@
 
 Four launches without atomics, so that gradients are bitwise equal run to run: row terms and a
 summary of each query tile; from the summaries, which query tiles each key block meets; dK and dV
-by key block; dQ by query tile.
+by key block; dQ by query tile. The last two make seven products of tiles: both make the scores and
+dP, four products, and of these dV, dK and dQ.
+
+Where a table has an entry for one pass, and nobody asked for equal bits, the pass over key blocks
+adds its part of dQ to a float32 sum of each query tile, in whatever order blocks come: five
+products. The sum costs 4 bytes an element of dQ to zero, 4 to read at the end, and for each key
+block that a tile meets 4 that are added in the L2 cache.
 """
 
 # Triton infers what a kernel's arguments are at launch; their names say it to the reader.
@@ -13,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mmopt_kernels import _triton, tuning
 from mmopt_kernels._philox import dropout_scales
@@ -26,6 +33,7 @@ from mmopt_kernels.attention.tiles import (
     has_tma,
     kept,
     key_ranges,
+    listed,
     load_rows,
     operand,
     row_bounds,
@@ -185,6 +193,23 @@ def attention_backward_runs(
 
 
 @triton.jit
+def _add_tile(p_sums, b_x, i_tile, BULK: tl.constexpr):
+    """Add a tile to the one at place i_tile of contiguous tiles, while others may do the same.
+
+    With BULK p_sums is a descriptor of all their rows, and the tensor memory accelerator adds up;
+    32 bits count the rows of 2^36 elements where they are 32 wide.
+    """
+    ROWS: tl.constexpr = b_x.shape[0]
+    COLUMNS: tl.constexpr = b_x.shape[1]
+    if BULK:
+        p_sums.atomic_add([i_tile * ROWS, 0], b_x)
+    else:
+        o_x = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+        p_tile = p_sums + tl.cast(i_tile, tl.int64) * (ROWS * COLUMNS)
+        tl.atomic_add(p_tile + o_x, b_x, sem="relaxed")
+
+
+@triton.jit
 def _key_gradients(
     b_dk,
     b_dv,
@@ -196,6 +221,7 @@ def _key_gradients(
     p_delta,
     p_lo,
     p_hi,
+    p_sums,
     strides_q,
     strides_g,
     stride_lob,
@@ -222,6 +248,8 @@ def _key_gradients(
     GROUP: tl.constexpr,
     DK: tl.constexpr,
     DV: tl.constexpr,
+    DQ: tl.constexpr,
+    BULK: tl.constexpr,
     MASKED: tl.constexpr,
     INTERVALS: tl.constexpr,
     CAUSAL: tl.constexpr,
@@ -235,7 +263,7 @@ def _key_gradients(
 
     i_h, i_bh and the pointers of the row terms are those of the group's first head. One loop over
     heads and tiles, so that loads are prefetched across heads. Without MASKED the tiles are whole
-    and see the whole block.
+    and see the whole block. With DQ their dQ, unscaled, is added to p_sums, see `_add_tile`.
     """
     BLOCK_N: tl.constexpr = b_k.shape[0]
     o_n = i_col + tl.arange(0, BLOCK_N)
@@ -243,7 +271,8 @@ def _key_gradients(
     for i_t in range(n_tiles * GROUP):
         i_g = i_t // n_tiles if GROUP > 1 else 0 * i_t
         i_qh = i_h + i_g
-        i_row = (i_start + (i_t % n_tiles if GROUP > 1 else i_t)) * BLOCK_M
+        i_m = i_start + (i_t % n_tiles if GROUP > 1 else i_t)
+        i_row = i_m * BLOCK_M
         o_m = i_row + tl.arange(0, BLOCK_M)
         m_m = o_m < S
         # [BLOCK_M, BLOCK_D]
@@ -296,6 +325,11 @@ def _key_gradients(
                 b_ds = b_ds * (1.0 - b_tanh * b_tanh)
             b_ds = b_ds.to(DTYPE).to(b_q.dtype)
             b_dk = tl.dot(b_ds, b_q, b_dk, input_precision=PRECISION)
+            if DQ:
+                # [BLOCK_D, BLOCK_M], transposed so that its left side is not BLOCK_M high: wgmma
+                # multiplies 64 rows.
+                b_dq = tl.dot(tl.trans(b_k), b_ds, input_precision=PRECISION)
+                _add_tile(p_sums, b_dq, (i_bh + i_g) * tl.cdiv(S, BLOCK_M) + i_m, BULK)
     return b_dk, b_dv
 
 
@@ -313,6 +347,7 @@ def attention_backward_dkdv(
     p_seed,
     p_dk,
     p_dv,
+    p_sums,
     stride_qb,
     stride_qh,
     stride_qm,
@@ -351,6 +386,8 @@ def attention_backward_dkdv(
     RUNS: tl.constexpr,
     DK: tl.constexpr,
     DV: tl.constexpr,
+    DQ: tl.constexpr,
+    BULK: tl.constexpr,
     INTERVALS: tl.constexpr,
     CAUSAL: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -362,7 +399,8 @@ def attention_backward_dkdv(
 ):
     """dK and dV of one (b, key head, key block), summed over the group's query heads.
 
-    Without DK or without DV only the other: what nothing uses is not computed.
+    Without DK or without DV only the other: what nothing uses is not computed. With DQ p_sums,
+    [B, H * GROUP, query tile, BLOCK_D, BLOCK_M], gets what the block gives to dQ.
     """
     n_n = tl.cdiv(T, BLOCK_N)
     i_bh = tl.program_id(0) // n_n
@@ -412,17 +450,18 @@ def attention_backward_dkdv(
                 i_end = n_m
         # fmt: off
         b_dk, b_dv = _key_gradients(
-            b_dk, b_dv, b_k, b_v, p_q, p_do, p_lse2, p_delta, p_lo, p_hi, strides_q, strides_g,
-            stride_lob, stride_lom, stride_hib, stride_him, i_start, i_free, i_b, i_h * GROUP,
-            i_qbh, S, T, scale, scale_cap, scale_kept, seed, threshold, i_n * BLOCK_N, D, BLOCK_D,
-            BLOCK_M, DTYPE, GROUP, DK, DV, True, INTERVALS, CAUSAL, SOFTCAP, DROPOUT, WIDEN,
-            PRECISION, TMA,
+            b_dk, b_dv, b_k, b_v, p_q, p_do, p_lse2, p_delta, p_lo, p_hi, p_sums, strides_q,
+            strides_g, stride_lob, stride_lom, stride_hib, stride_him, i_start, i_free, i_b,
+            i_h * GROUP, i_qbh, S, T, scale, scale_cap, scale_kept, seed, threshold, i_n * BLOCK_N,
+            D, BLOCK_D, BLOCK_M, DTYPE, GROUP, DK, DV, DQ, BULK, True, INTERVALS, CAUSAL, SOFTCAP,
+            DROPOUT, WIDEN, PRECISION, TMA,
         )
         b_dk, b_dv = _key_gradients(
-            b_dk, b_dv, b_k, b_v, p_q, p_do, p_lse2, p_delta, p_lo, p_hi, strides_q, strides_g,
-            stride_lob, stride_lom, stride_hib, stride_him, i_free, i_end, i_b, i_h * GROUP, i_qbh,
-            S, T, scale, scale_cap, scale_kept, seed, threshold, i_n * BLOCK_N, D, BLOCK_D, BLOCK_M,
-            DTYPE, GROUP, DK, DV, False, INTERVALS, CAUSAL, SOFTCAP, DROPOUT, WIDEN, PRECISION, TMA,
+            b_dk, b_dv, b_k, b_v, p_q, p_do, p_lse2, p_delta, p_lo, p_hi, p_sums, strides_q,
+            strides_g, stride_lob, stride_lom, stride_hib, stride_him, i_free, i_end, i_b,
+            i_h * GROUP, i_qbh, S, T, scale, scale_cap, scale_kept, seed, threshold, i_n * BLOCK_N,
+            D, BLOCK_D, BLOCK_M, DTYPE, GROUP, DK, DV, DQ, BULK, False, INTERVALS, CAUSAL, SOFTCAP,
+            DROPOUT, WIDEN, PRECISION, TMA,
         )
         # fmt: on
     strides_dk = strides_of(stride_dkb, stride_dkh, stride_dkn, VECTOR)
@@ -615,6 +654,37 @@ def attention_backward_dq(
     store_rows(p_dq, strides_dq, b_dq, i_b, i_h, i_m * BLOCK_M, S, D, BLOCK_M, BLOCK_D, DTYPE, TMA)
 
 
+@triton.jit(do_not_specialize=["S"])
+def attention_backward_dq_store(
+    p_sums,
+    p_dq,
+    stride_dqb,
+    stride_dqh,
+    stride_dqm,
+    H,
+    S,
+    scale_dq,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    """dQ of one (b, head, query tile) from the sum of one pass, which it reads once."""
+    n_m = tl.cdiv(S, BLOCK_M)
+    i_bh = tl.program_id(0) // n_m
+    i_m = tl.program_id(0) % n_m
+    o_x = tl.arange(0, BLOCK_D)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
+    # [BLOCK_D, BLOCK_M]
+    b_dq = tl.load(p_sums + tl.program_id(0).to(tl.int64) * (BLOCK_D * BLOCK_M) + o_x)
+    b_dq = tl.trans(b_dq * scale_dq)
+    strides_dq = strides_of(stride_dqb, stride_dqh, stride_dqm, VECTOR)
+    DTYPE: tl.constexpr = p_dq.dtype.element_ty
+    store_rows(
+        p_dq, strides_dq, b_dq, i_bh // H, i_bh % H, i_m * BLOCK_M, S, D, BLOCK_M, BLOCK_D, DTYPE,
+        False,
+    )  # fmt: skip
+
+
 def config_dkdv(dtype: torch.dtype, block_d: int, target: str) -> tuning.Config:
     """Tile, warps and pipeline stages of the dK/dV pass, where no table has any.
 
@@ -640,6 +710,28 @@ def config_dkdv(dtype: torch.dtype, block_d: int, target: str) -> tuning.Config:
         # Prefetching takes registers there, not shared memory.
         tile["num_stages"] = 1
     return for_target(tile, target)
+
+
+def _one_pass(m: int, n: int, warps: int, stages: int) -> tuning.Config:
+    tile = {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
+    return tile | {"TMA": True, "BULK": True}
+
+
+# What to tune one pass with on sm_90, in 16 bits without dropout and softcap, by `block_d`:
+#   tuning.tune("attention_backward_one_pass", [None, *ONE_PASS[128]], call)
+# Nothing is measured yet. All multiply with wgmma alone. With Triton 3.7.1 those of 64 and the
+# first of 128 spill nothing, the second 4 bytes where queries share keys. The others, whose key
+# blocks are twice as large and so add half as often to dQ, spill 64 to 440 bytes a thread.
+ONE_PASS = {
+    64: (_one_pass(64, 128, 8, 2), _one_pass(32, 128, 8, 3), _one_pass(64, 64, 4, 3)),
+    128: (
+        _one_pass(32, 64, 4, 2),
+        _one_pass(32, 64, 4, 3),
+        _one_pass(32, 128, 8, 2),
+        _one_pass(64, 128, 8, 1),
+        _one_pass(64, 128, 8, 2),
+    ),
+}
 
 
 def config_dq(dtype: torch.dtype, block_d: int, target: str) -> tuning.Config:
@@ -681,10 +773,13 @@ def launch_backward(
     scale: float,
     softcap: float | None,
     dropout_p: float,
+    deterministic: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dQ, dK and dV stored as ``[B, S, H, D]``, and dsinks, empty without sinks.
 
-    The last stride of grad_out, q, k, v and out is 1.
+    The last stride of grad_out, q, k, v and out is 1. One pass makes all three where a table has an
+    entry for it, but for deterministic, or `torch.use_deterministic_algorithms`: it adds up dQ in
+    no certain order, in ``4 * block_d(D)`` bytes for each row of q.
     """
     B, H, S, D = q.shape
     Hkv, T = k.shape[1], k.shape[2]
@@ -701,10 +796,17 @@ def launch_backward(
     scales = (*score_scales(scale, softcap), scale, scale_kept, threshold)
     tma = has_tma(_triton.target(q.device)) and describable(q, k, v, grad_out, dq, dk, dv)
     asked = (q, T, softcap, dropout_p, tma)
-    over_keys = choose("attention_backward_dkdv", *asked, config_dkdv)
-    over_queries = choose("attention_backward_dq", *asked, config_dq)
-    over_keys = dict(over_keys)
-    passes = ("dv", "dk") if over_keys.pop("SPLIT") else ("both",)
+    one_pass = over_queries = None
+    if not (deterministic or torch.are_deterministic_algorithms_enabled()):
+        one_pass = listed("attention_backward_one_pass", *asked)
+    if one_pass is None:
+        over_keys = dict(choose("attention_backward_dkdv", *asked, config_dkdv))
+        over_queries = choose("attention_backward_dq", *asked, config_dq)
+    else:
+        over_keys = dict(one_pass)
+    passes = ("dv", "dk") if over_keys.pop("SPLIT", False) else ("both",)
+    # Triton's interpreter has no reduction through a descriptor.
+    bulk = over_keys.pop("BULK", False) and not _triton.interpreting()
     block_m, block_n = over_keys["BLOCK_M"], over_keys["BLOCK_N"]
     n_m, n_n = triton.cdiv(S, block_m), triton.cdiv(T, block_n)
     delta, lse2 = torch.empty_like(lse), torch.empty_like(lse)
@@ -712,6 +814,9 @@ def launch_backward(
     if intervals:
         tiles = q.new_empty(B, n_m, 4, dtype=torch.int32)
         runs = q.new_empty(B, n_n, RUNS, 3, dtype=torch.int32)
+    sums = None
+    if one_pass is not None:
+        sums = q.new_zeros(B, H, n_m, block_d(D), block_m, dtype=torch.float32)
     padded = {"D": D, "BLOCK_D": block_d(D)}
     visible = {"INTERVALS": intervals, "CAUSAL": causal}
     switches = {
@@ -769,6 +874,7 @@ def launch_backward(
                     seed,
                     operand(dk, over_keys, "BLOCK_N"),
                     operand(dv, over_keys, "BLOCK_N"),
+                    _rows_of_tiles(sums) if bulk else sums,
                     *strides,
                     *steps(dk, vector),
                     *steps(dv, vector),
@@ -780,32 +886,54 @@ def launch_backward(
                     RUNS=RUNS if intervals else 2,
                     DK=outputs != "dv",
                     DV=outputs != "dk",
+                    DQ=sums is not None,
+                    BULK=bulk,
                     **over_keys,
                     **switches,
                 )
-        attention_backward_dq[(triton.cdiv(S, over_queries["BLOCK_M"]) * B * H,)](
-            operand(q, over_queries, "BLOCK_M"),
-            operand(k, over_queries, "BLOCK_N"),
-            operand(v, over_queries, "BLOCK_N"),
-            operand(grad_out, over_queries, "BLOCK_M"),
-            lse2,
-            delta,
-            lo,
-            hi,
-            seed,
-            operand(dq, over_queries, "BLOCK_M"),
-            *strides,
-            *steps(dq, vector),
-            *bound_strides,
-            H,
-            S,
-            T,
-            *scales,
-            **over_queries,
-            **switches,
-        )
+        if over_queries is not None:
+            attention_backward_dq[(triton.cdiv(S, over_queries["BLOCK_M"]) * B * H,)](
+                operand(q, over_queries, "BLOCK_M"),
+                operand(k, over_queries, "BLOCK_N"),
+                operand(v, over_queries, "BLOCK_N"),
+                operand(grad_out, over_queries, "BLOCK_M"),
+                lse2,
+                delta,
+                lo,
+                hi,
+                seed,
+                operand(dq, over_queries, "BLOCK_M"),
+                *strides,
+                *steps(dq, vector),
+                *bound_strides,
+                H,
+                S,
+                T,
+                *scales,
+                **over_queries,
+                **switches,
+            )
+        else:
+            attention_backward_dq_store[(n_m * B * H,)](
+                sums,
+                dq,
+                *steps(dq, vector),
+                H,
+                S,
+                scale,
+                BLOCK_M=block_m,
+                VECTOR=vector,
+                **padded,
+            )
     if sinks is None:
         return dq, dk, dv, q.new_empty(0)
     # [B, Hq, S]; a row whose lse is -inf has no sink either, and exp(-inf - -inf) would be NaN.
     weight = (sinks.float()[:, None] - lse).exp().masked_fill(lse == float("-inf"), 0.0)
     return dq, dk, dv, -(weight * delta).sum((0, 2)).to(sinks.dtype)
+
+
+def _rows_of_tiles(sums: Tensor | None) -> TensorDescriptor:
+    """What `_add_tile` takes with BULK: rows of all tiles one below the other, by the tile."""
+    assert sums is not None
+    height, width = sums.shape[-2:]
+    return TensorDescriptor.from_tensor(sums.view(-1, width), [height, width])

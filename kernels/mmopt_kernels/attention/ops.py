@@ -234,7 +234,7 @@ def _attention_backward(
     if chosen == "triton":
         from mmopt_kernels.attention.kernel_backward import launch_backward
 
-        return launch_backward(*inputs, causal, scale, softcap, dropout_p)
+        return launch_backward(*inputs, causal, scale, softcap, dropout_p, deterministic)
     if chosen == "cpu" and cpu.supported(q, k):
         grads = cpu.backward(*inputs, causal, scale, softcap, dropout_p)
     else:

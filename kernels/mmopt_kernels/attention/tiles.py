@@ -240,6 +240,15 @@ def operand(x: Tensor, tile: tuning.Config, rows: str) -> Tensor | TensorDescrip
     return TensorDescriptor(x, list(x.shape), [*spread, 1], [1, 1, tile[rows], width])
 
 
+def listed(
+    kernel: str, q: Tensor, T: int, softcap: float | None, dropout_p: float, tma: bool
+) -> tuning.Config | None:
+    """What the tables say for this launch. tma: descriptors are possible."""
+    target, width = _triton.target(q.device), block_d(q.shape[3])
+    features = (("dropout",) if dropout_p > 0 else ()) + (() if softcap is None else ("softcap",))
+    return tuning.lookup(kernel, target, q.dtype, width, max(q.shape[2], T), features, tma)
+
+
 def choose(
     kernel: str,
     q: Tensor,
@@ -249,11 +258,9 @@ def choose(
     tma: bool,
     heuristic: Callable[[torch.dtype, int, str], tuning.Config],
 ) -> tuning.Config:
-    """What the tables say for this launch, or else the heuristic. tma: descriptors are possible."""
-    target, width = _triton.target(q.device), block_d(q.shape[3])
-    features = (("dropout",) if dropout_p > 0 else ()) + (() if softcap is None else ("softcap",))
-    found = tuning.lookup(kernel, target, q.dtype, width, max(q.shape[2], T), features, tma)
-    return found or heuristic(q.dtype, width, target)
+    """What the tables say for this launch, or else the heuristic."""
+    found = listed(kernel, q, T, softcap, dropout_p, tma)
+    return found or heuristic(q.dtype, block_d(q.shape[3]), _triton.target(q.device))
 
 
 def for_target(tile: dict[str, int], target: str) -> tuning.Config:

@@ -87,6 +87,35 @@ def _attention(dtype: str, head_dim: int, features: str, default: frozenset[str]
     return Case(f"attention/{dtype}-d{head_dim}-{features}", launch, dtype, head_dim, default)
 
 
+def _one_pass(dtype: str, head_dim: int, features: str, default: frozenset[str]) -> Case:
+    """Backward in one pass, which no table asks for yet, of 1 sequence of 16384 tokens.
+
+    With the first tile to tune with on sm_90, elsewhere with that of the pass which it extends.
+    """
+
+    def launch() -> None:
+        from mmopt_kernels import _triton, tuning
+        from mmopt_kernels.attention import kernel_backward
+
+        batch, heads, length = 1, 16, 16384
+        q = _heads(dtype, batch, heads, length, head_dim)
+        k = _heads(dtype, batch, heads // 2, length, head_dim)
+        lo = hi = None
+        if features == "intervals":
+            lo, hi = (q.new_empty(batch, length, dtype=torch.int32) for _ in range(2))
+        lse = q.new_empty(batch, heads, length, dtype=torch.float32)
+        rest = (lo, hi, None, None, features == "causal", head_dim**-0.5, None, 0.0)
+        tile, target = kernel_backward.ONE_PASS[head_dim][0], _triton.target(q.device)
+        if target != "sm_90":
+            heuristic = kernel_backward.config_dkdv(q.dtype, head_dim, target)
+            tile = {name: heuristic.get(name, False) for name in tile}
+        with tuning.forcing({"attention_backward_one_pass": tile}):
+            kernel_backward.launch_backward(q, None, q, k, k, q, lse, *rest)
+
+    name = f"one_pass/{dtype}-d{head_dim}-{features}"
+    return Case(f"attention/{name}", launch, dtype, head_dim, default)
+
+
 def _decode(dtype: str, head_dim: int, group: int, features: str, default: frozenset[str]) -> Case:
     """One query of 4 sequences against a cache of 8192 keys."""
 
@@ -255,6 +284,9 @@ CASES: tuple[Case, ...] = (
     _attention("bf16", 80, "causal", HOPPER),
     _attention("bf16", 128, "intervals", HOPPER),
     _attention("fp32", 64, "causal", HOPPER),
+    _one_pass("bf16", 64, "causal", EVERYWHERE),
+    _one_pass("bf16", 64, "intervals", HOPPER),
+    *(_one_pass("bf16", 128, f, HOPPER) for f in ("causal", "intervals")),
     _decode("bf16", 128, 4, "causal", EVERYWHERE),
     _decode("bf16", 128, 4, "everything", HOPPER),
     _lora_linear("bf16", 4096, 16, EVERYWHERE),

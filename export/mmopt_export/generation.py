@@ -135,7 +135,7 @@ class Generator:
         model: an ONNX Runtime session, or the path of the graph, which is then opened.
         cache: the names and sizes of the KV cache, from the manifest; their type is the graph's.
         provider: where buffers are; the session must run there.
-        threads: for a session that is opened here.
+        threads, huge_pages: for a session that is opened here, as `open_session` takes them.
         max_length: tokens that a row may have, where the model's positions end.
         embed: for a graph that takes `inputs_embeds`: what makes them of ids.
         output: what the graph gives beside the cache, `[B, 1, V]`, under another name.
@@ -152,12 +152,15 @@ class Generator:
         *,
         provider: str = CPU,
         threads: int | None = None,
+        huge_pages: bool = True,
         max_length: int | None = None,
         embed: Embed | None = None,
         output: str = LOGITS,
     ) -> None:
         if isinstance(model, (str, Path)):
-            model = open_session(Path(model), provider=provider, threads=threads)
+            model = open_session(
+                Path(model), provider=provider, threads=threads, huge_pages=huge_pages
+            )
         self.session = model
         self.cache = cache
         self.max_length = max_length

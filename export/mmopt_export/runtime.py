@@ -11,8 +11,10 @@ import numpy as np
 import numpy.typing as npt
 from packaging.version import Version
 
+from mmopt_export.huge_pages import on_huge_pages
 from mmopt_export.integrity import require_integrity
 from mmopt_export.manifest import Manifest, read_manifest
+from mmopt_export.placement import CPU
 from mmopt_export.threads import usable_cores
 from mmopt_kernels.errors import CheckFailedError, InputError, MmoptError, one_line
 
@@ -34,6 +36,7 @@ def open_session(
     threads: int | None = None,
     optimize: bool = True,
     profile: Path | None = None,
+    huge_pages: bool = False,
 ) -> Any:
     """Open an `onnxruntime.InferenceSession` of `model` on one provider, with no silent fallback.
 
@@ -43,6 +46,8 @@ def open_session(
         threads: intra-op threads; None takes every core that this process may use.
         optimize: whether ONNX Runtime's graph optimizations run.
         profile: prefix of the file that `session.end_profiling()` then writes.
+        huge_pages: whether weights in the CPU's memory are put on huge pages, which takes about
+            2 ms for each MB and makes reading them faster: for a session that will run often.
 
     Raises:
         MmoptError: onnxruntime is missing, lacks the provider, or cannot load the file (exit 3).
@@ -78,10 +83,12 @@ def open_session(
     if profile is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)
+    moved = on_huge_pages() if huge_pages and provider == CPU else contextlib.nullcontext()
     try:
-        session = onnxruntime.InferenceSession(
-            str(model), options, providers=[(provider, provider_options)]
-        )
+        with moved:
+            session = onnxruntime.InferenceSession(
+                str(model), options, providers=[(provider, provider_options)]
+            )
     except runtime_errors() as error:
         raise MmoptError(f"ONNX Runtime cannot load {model}: {error}") from error
     if session.get_providers()[0] != provider:
@@ -164,6 +171,7 @@ class Runner:
     Args:
         artifact: a folder that `mmopt export` wrote.
         threads: intra-op threads; None takes every core that this process may use.
+        huge_pages: as `open_session` takes it.
 
     Raises:
         InputError: the folder is not an artifact, or its tokenizer cannot be read.
@@ -172,7 +180,9 @@ class Runner:
         MmoptError: ONNX Runtime is missing or older than the artifact needs.
     """
 
-    def __init__(self, artifact: Path, *, threads: int | None = None) -> None:
+    def __init__(
+        self, artifact: Path, *, threads: int | None = None, huge_pages: bool = True
+    ) -> None:
         self.path = artifact
         self.manifest: Manifest = read_manifest(artifact)
         require_proven(artifact, self.manifest)
@@ -181,7 +191,12 @@ class Runner:
         self.provider = self.manifest.provider
         self._tokenizer = _load_tokenizer(artifact, self.manifest)
         self._sessions = {
-            name: open_session(artifact / part.file, provider=self.provider, threads=threads)
+            name: open_session(
+                artifact / part.file,
+                provider=self.provider,
+                threads=threads,
+                huge_pages=huge_pages,
+            )
             for name, part in self.manifest.components.items()
         }
         self._adapters: dict[str, AdapterSet] = {}

@@ -224,7 +224,7 @@ def prove_greedy(
         raise InputError(
             f"the graph {sample.component} has no cache to generate with. Export the model again."
         )
-    generator = Generator(model, cache, provider=provider, max_length=longest)
+    generator = Generator(model, cache, provider=provider, max_length=longest, huge_pages=False)
     tolerance = TOLERANCES.get(precision, TOLERANCES["fp16"])
     try:
         result = greedy_parity(reference, generator, tolerance=tolerance)

@@ -229,6 +229,7 @@ def test_an_option_that_nothing_heeds_is_refused(
     for model, options, message in (
         (llama, {"calibration": "entropy"}, "--set calibration is for .* method static"),
         (classifier, {"block": 16}, "--set block is for the quantization of method weights"),
+        (llama, {"bits": 4}, "the option bits is not one of: accuracy_level, algorithm"),
         (llama, {"block": 5}, "a recipe has block 5, expected one of: 16, 32"),
         (llama, {"embeddings": "yes"}, "a recipe has embeddings 'yes', expected one of: True"),
         (llama, {"algorithm": "hqq"}, "goes with symmetric=False only"),

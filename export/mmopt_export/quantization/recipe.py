@@ -21,6 +21,7 @@ _OPTIONS: dict[str, tuple[str, ...]] = {
     "static": ("calibration",),
     "weights": ("algorithm", "block", "symmetric", "accuracy_level", "embeddings"),
 }
+_KEYS = tuple(sorted({name for names in _OPTIONS.values() for name in names}))
 
 
 class NothingToQuantizeError(MmoptError):
@@ -148,13 +149,12 @@ def read_options(words: Sequence[str]) -> dict[str, Any]:
     Raises:
         InputError: no such key, or no value.
     """
-    known = sorted({name for names in _OPTIONS.values() for name in names})
     options: dict[str, Any] = {}
     for word in words:
         name, equals, text = word.partition("=")
-        if not equals or name not in known:
+        if not equals or name not in _KEYS:
             raise InputError(
-                f"--set {word}: expected key=value with one of the keys {', '.join(known)}, such "
+                f"--set {word}: expected key=value with one of the keys {', '.join(_KEYS)}, such "
                 "as algorithm=gptq."
             )
         try:
@@ -182,6 +182,8 @@ def require_heeded(options: Mapping[str, Any], recipes: Iterable[Recipe]) -> Non
     """
     heeded = {name for one in recipes for name in _OPTIONS[with_options(one, options).method]}
     for name in options:
+        if name not in _KEYS:
+            raise InputError(f"the option {name} is not one of: {', '.join(_KEYS)}.")
         if name not in heeded:
             methods = [method for method, names in _OPTIONS.items() if name in names]
             raise InputError(

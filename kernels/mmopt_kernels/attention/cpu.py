@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -58,9 +59,9 @@ def direct(
 ) -> Tensor | None:
     """Out of one call of PyTorch's kernel, with PyTorch's derivative; None where that is not all.
 
-    Everything else is an op of this package, whose forward and backward take some tens of
-    microseconds each to come from PyTorch to Python and back: 2% of a batch of 4 by 128 tokens.
-    Modes see that op too, since PyTorch's has no FLOP formula.
+    Everything else is an op of this package, to which PyTorch comes through Python, forward and
+    backward: small batches would notice. Modes see that op too, since PyTorch's has no FLOP
+    formula.
     """
     S, T = q.shape[2], k.shape[2]
     compiling = torch.compiler.is_compiling()
@@ -84,7 +85,36 @@ def direct(
             k, v = k[:, :, keys], v[:, :, keys]
     q, k, v = unit_last_stride(q), unit_last_stride(k), unit_last_stride(v)
     out, _ = _forward(q, k, v, 0.0, maskless == "causal", attn_mask=mask, scale=scale)
+    if out.grad_fn is not None and not compiling:
+        out.grad_fn.register_hook(_differentiable_once)
     return out  # type: ignore[no-any-return]
+
+
+class _Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        return tuple(grad.view_as(grad) for grad in grads)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> NoReturn:
+        refuse_second_derivative()
+
+
+def _differentiable_once(
+    grads: tuple[Tensor | None, ...], _: tuple[Tensor | None, ...]
+) -> tuple[Tensor | None, ...] | None:
+    """A node's hook: gradients that somebody may differentiate again say that they cannot be."""
+    if not torch.is_grad_enabled():
+        return None
+    once = iter(_Once.apply(*(grad for grad in grads if grad is not None)))  # type: ignore[no-untyped-call]
+    return tuple(None if grad is None else next(once) for grad in grads)
+
+
+def refuse_second_derivative(*_: object) -> NoReturn:
+    raise NotImplementedError(
+        "attention: a second derivative was requested, expected first derivatives only. "
+        "Drop create_graph=True, or use torch's attention for this term."
+    )
 
 
 def unit_last_stride(x: Tensor) -> Tensor:

@@ -264,15 +264,8 @@ def _differentiate(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -
 torch.library.register_autograd("mmopt::attention", _differentiate, setup_context=_save)
 
 
-def _refuse_second_derivative(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-    raise NotImplementedError(
-        "attention: a second derivative was requested, expected first derivatives only. "
-        "Drop create_graph=True, or use torch's attention for this term."
-    )
-
-
 # Without a formula PyTorch would drop the second-order term behind a warning.
-torch.library.register_autograd("mmopt::attention_backward", _refuse_second_derivative)
+torch.library.register_autograd("mmopt::attention_backward", cpu.refuse_second_derivative)
 
 
 # Two FLOPs for each multiply-add; every key counts, as PyTorch counts SDPA, because which keys

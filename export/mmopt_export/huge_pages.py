@@ -30,23 +30,32 @@ class _Mapping:
     end: int
     resident: int
 
+    @property
+    def size(self) -> int:
+        return self.end - self.start
+
 
 @contextlib.contextmanager
 def on_huge_pages() -> Iterator[None]:
-    """Move what was allocated and filled inside to huge pages in the end.
+    """Move what was allocated and filled inside to huge pages in the end, which copies it once.
 
-    About 2 ms for each MB. Where the system has none, or whoever runs it turned them off, nothing
-    happens.
+    Where the system has none, or whoever runs it turned them off, nothing happens.
     """
     size = _page_size()
-    before = _mappings() if size else []
+    if not size:
+        yield
+        return
+    before = _mappings()
     yield
-    if size:
-        libc = ctypes.CDLL(None)
-        libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-        for start, end in _whole_pages(_added(before, _mappings()), size):
+    libc = ctypes.CDLL(None)
+    libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    filled = [one for one in _mappings() if one.resident >= max(size, _FILLED * one.size)]
+    for start, end in _added(before, filled):
+        # The huge pages that lie in it as a whole.
+        first, last = -(-start // size) * size, end // size * size
+        if first < last:
             for advice in (_MADV_HUGEPAGE, _MADV_COLLAPSE):
-                libc.madvise(start, end - start, advice)  # advice may be refused
+                libc.madvise(first, last - first, advice)  # advice may be refused
 
 
 def _page_size() -> int:
@@ -78,12 +87,10 @@ def _mappings() -> list[_Mapping]:
 
 
 def _added(before: list[_Mapping], now: list[_Mapping]) -> Iterator[tuple[int, int]]:
-    """What lies in no mapping of before, of those that are filled."""
+    """What of now lies in no mapping of before; both are in the order of addresses."""
     for mapping in now:
-        if mapping.resident < _FILLED * (mapping.end - mapping.start):
-            continue
         start = mapping.start
-        for old in before:  # in the order of addresses
+        for old in before:
             if old.end <= start or old.start >= mapping.end:
                 continue
             if old.start > start:
@@ -91,11 +98,3 @@ def _added(before: list[_Mapping], now: list[_Mapping]) -> Iterator[tuple[int, i
             start = max(start, old.end)
         if start < mapping.end:
             yield start, mapping.end
-
-
-def _whole_pages(ranges: Iterator[tuple[int, int]], size: int) -> Iterator[tuple[int, int]]:
-    """The huge pages that lie in `ranges` as a whole."""
-    for start, end in ranges:
-        first, last = -(-start // size) * size, end // size * size
-        if first < last:
-            yield first, last

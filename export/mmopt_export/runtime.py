@@ -46,8 +46,8 @@ def open_session(
         threads: intra-op threads; None takes every core that this process may use.
         optimize: whether ONNX Runtime's graph optimizations run.
         profile: prefix of the file that `session.end_profiling()` then writes.
-        huge_pages: whether weights in the CPU's memory are put on huge pages, which takes about
-            2 ms for each MB and makes reading them faster: for a session that will run often.
+        huge_pages: whether weights in the CPU's memory are put on huge pages, which copies them
+            once more and makes reading them faster: for a session that will run often.
 
     Raises:
         MmoptError: onnxruntime is missing, lacks the provider, or cannot load the file (exit 3).

@@ -67,14 +67,6 @@ def test_a_near_tie_is_no_error_and_the_comparison_goes_on_with_eagers_token() -
     assert replace(parity, differences=(near,)).holds
 
 
-@pytest.mark.parametrize(("margin", "near"), [(3e-3, True), (6e-3, False)])
-def test_what_a_near_tie_is_grows_with_the_logits(margin: float, near: bool) -> None:
-    """Of logits of 20, rounding leaves 20 times as much as of 1: twice 1e-4 is 4e-3."""
-    reference = _reference([[[20.0, 20.0 - margin, 0.0]]])
-    parity = greedy_parity(reference, _Scripted([[[19.0, 20.0, 0.0]]]))  # type: ignore[arg-type]
-    assert [one.near_tie for one in parity.differences] == [near]
-
-
 def test_a_token_that_is_not_among_the_best_is_never_a_near_tie() -> None:
     reference = _reference([[[3.0, 2.99999, 2.99998, 2.99997]]])
     cut = replace(reference, best=reference.best[..., :2], logits=reference.logits[..., :2])

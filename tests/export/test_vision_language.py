@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-import torch
 
 from mmopt_export import multimodal
 from mmopt_export.checkpoint import Checkpoint, load_checkpoint
@@ -20,7 +19,7 @@ from mmopt_export.parity import StageParity
 from mmopt_export.pipeline import export
 from mmopt_export.runtime import runtime_errors
 from mmopt_export.tasks import vision_language
-from mmopt_export.tasks.vision_language import leads, tokens_stage
+from mmopt_export.tasks.vision_language import tokens_stage
 from mmopt_kernels.errors import InputError
 from tests.support.exported_vlm import exported, picture
 from tests.support.tiny_vlm import IMAGE_TOKEN
@@ -246,11 +245,6 @@ def test_each_graph_has_the_few_bits_that_its_kind_can(
 
 def _stage(expected: list[int], actual: list[int], margin: float = 1.0) -> StageParity:
     return tokens_stage("text", [expected], [[margin] * len(expected)], [actual], "fp32")
-
-
-def test_a_lead_is_relative_to_a_score_above_1() -> None:
-    scores = torch.tensor([[20.0, 19.0, 0.0], [0.5, 0.25, 0.0], [-40.0, -42.0, -50.0]])
-    torch.testing.assert_close(leads(scores), torch.tensor([0.05, 0.25, 0.05]))
 
 
 def test_the_proof_of_tokens_fails_where_they_differ() -> None:

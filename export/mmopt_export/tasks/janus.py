@@ -268,7 +268,8 @@ class _Margins(transformers.LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         wanted, free = scores.chunk(2)
-        self.steps.append(language.leads(free + self.guidance * (wanted - free)))
+        best = (free + self.guidance * (wanted - free)).topk(2).values
+        self.steps.append(best[:, 0] - best[:, 1])
         return scores
 
 

@@ -388,7 +388,7 @@ class Case:
         rows: ids by row.
         pictures: by row.
         expected: new ids by row.
-        margins: for each how far the winner was ahead of the next, by `leads`.
+        margins: for each how far the winner was ahead of the next.
     """
 
     kind: str
@@ -537,9 +537,9 @@ def _expect(
                 output_logits=True,
             ),
         )
+    best = torch.stack(result.logits, dim=1).topk(2).values
     new = result.sequences[:, ids.shape[1] :].tolist()
-    margins = leads(torch.stack(result.logits, dim=1))
-    return Case(kind, rows, pictures, new, margins.tolist())
+    return Case(kind, rows, pictures, new, (best[..., 0] - best[..., 1]).tolist())
 
 
 def left_padded(rows: Sequence[Sequence[int]], pad: int = 0) -> tuple[Tensor, Tensor]:
@@ -570,13 +570,6 @@ def _pixels(layout: str, pictures: list[list[Picture]]) -> dict[str, Tensor]:
     return {"pixel_values": torch.from_numpy(np.stack(padded))}
 
 
-def leads(scores: Tensor) -> Tensor:
-    """How far the best of `[..., V]` is ahead of the next: where it is above 1 as a part of it,
-    since rounding errors grow with what is rounded."""
-    best, second = scores.topk(2).values.unbind(-1)
-    return (best - second) / best.abs().clamp(min=1)
-
-
 def tokens_stage(
     kind: str,
     expected: Sequence[Sequence[int]],
@@ -589,9 +582,6 @@ def tokens_stage(
     Where a winner was ahead by no more than a tie, either is right, and what follows in its row is
     not compared. Weights of few bits move scores by more than any margin: their tokens are
     reported and gate nothing.
-
-    Args:
-        margins: of the winners, by `leads`.
     """
     tie = 2 * TOLERANCES.get(precision, TOLERANCES["fp16"])
     compared = same = ties = 0

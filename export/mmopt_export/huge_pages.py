@@ -8,10 +8,9 @@ import contextlib
 import ctypes
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
-_MAPPINGS = Path("/proc/self/smaps")
+_PROCESS = Path("/proc/self")
 _KERNEL = Path("/sys/kernel/mm/transparent_hugepage")
 # From linux/mman.h. The first lets the kernel do it in its own time, the second, from Linux 6.1 on,
 # has it done at once.
@@ -19,38 +18,33 @@ _MADV_HUGEPAGE, _MADV_COLLAPSE = 14, 25
 # A part of a mapping that nothing has written to takes no memory, and would on a huge page.
 _FILLED = 0.9
 
-_HEADER = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) rw-p \S+ \S+ 0 *(\[heap\])?$")
+# The line of a mapping of anonymous memory in /proc/self/maps, and the bytes of it that are in
+# memory, some lines below in /proc/self/smaps, for which the kernel counts pages.
+_MAPPING = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) rw-p \S+ \S+ 0 *(?:\[heap\])?$", re.MULTILINE)
+_RESIDENT = re.compile(r"^Rss: +(\d+) kB$", re.MULTILINE)
 
-
-@dataclass(frozen=True)
-class _Mapping:
-    """Anonymous memory of this process: addresses, and bytes that are in memory."""
-
-    start: int
-    end: int
-    resident: int
-
-    @property
-    def size(self) -> int:
-        return self.end - self.start
+Range = tuple[int, int]
+"""The addresses of a mapping: the first, and the first behind it."""
 
 
 @contextlib.contextmanager
-def on_huge_pages() -> Iterator[None]:
+def on_huge_pages(expected: int) -> Iterator[None]:
     """Move what was allocated and filled inside to huge pages in the end, which copies it once.
 
     Where the system has none, or whoever runs it turned them off, nothing happens.
+
+    Args:
+        expected: bytes that will be; of less than a huge page nothing is moved, or looked at.
     """
     size = _page_size()
-    if not size:
+    if not 0 < size <= expected:
         yield
         return
-    before = _mappings()
+    before = [_range(one) for one in _MAPPING.finditer(_read("maps"))]
     yield
     libc = ctypes.CDLL(None)
     libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    filled = [one for one in _mappings() if one.resident >= max(size, _FILLED * one.size)]
-    for start, end in _added(before, filled):
+    for start, end in _added(before, _filled(size)):
         # The huge pages that lie in it as a whole.
         first, last = -(-start // size) * size, end // size * size
         if first < last:
@@ -68,33 +62,37 @@ def _page_size() -> int:
         return 0
 
 
-def _mappings() -> list[_Mapping]:
-    found: list[_Mapping] = []
-    place: tuple[int, int] | None = None
+def _read(name: str) -> str:
     try:
-        lines = _MAPPINGS.read_text().splitlines()
+        return (_PROCESS / name).read_text()
     except OSError:
-        return []
-    for line in lines:
-        if header := _HEADER.match(line):
-            place = int(header[1], 16), int(header[2], 16)
-        elif line[:1].islower() or line[:1].isdigit():
-            place = None  # the header of a mapping of another kind
-        elif place is not None and line.startswith("Rss:"):
-            found.append(_Mapping(*place, 1024 * int(line.split()[1])))
-            place = None
+        return ""
+
+
+def _range(found: re.Match[str]) -> Range:
+    return int(found[1], 16), int(found[2], 16)
+
+
+def _filled(size: int) -> list[Range]:
+    """Mappings that nearly all of is in memory, and no less than `size`."""
+    text = _read("smaps")
+    found = []
+    for mapping in _MAPPING.finditer(text):
+        start, end = _range(mapping)
+        resident = _RESIDENT.search(text, mapping.end())
+        if resident and 1024 * int(resident[1]) >= max(size, _FILLED * (end - start)):
+            found.append((start, end))
     return found
 
 
-def _added(before: list[_Mapping], now: list[_Mapping]) -> Iterator[tuple[int, int]]:
+def _added(before: list[Range], now: list[Range]) -> Iterator[Range]:
     """What of now lies in no mapping of before; both are in the order of addresses."""
-    for mapping in now:
-        start = mapping.start
-        for old in before:
-            if old.end <= start or old.start >= mapping.end:
+    for start, end in now:
+        for old_start, old_end in before:
+            if old_end <= start or old_start >= end:
                 continue
-            if old.start > start:
-                yield start, old.start
-            start = max(start, old.end)
-        if start < mapping.end:
-            yield start, mapping.end
+            if old_start > start:
+                yield start, old_start
+            start = max(start, old_end)
+        if start < end:
+            yield start, end

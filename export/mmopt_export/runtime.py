@@ -83,7 +83,8 @@ def open_session(
     if profile is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)
-    moved = on_huge_pages() if huge_pages and provider == CPU else contextlib.nullcontext()
+    moves = huge_pages and provider == CPU
+    moved = on_huge_pages(_bytes_of(model)) if moves else contextlib.nullcontext()
     try:
         with moved:
             session = onnxruntime.InferenceSession(
@@ -97,6 +98,12 @@ def open_session(
             "Run `mmopt doctor`."
         )
     return session
+
+
+def _bytes_of(model: Path) -> int:
+    """Of a graph and the weights beside it; 0 where there is none, which the session will say."""
+    files = (model, model.with_name(f"{model.name}.data"))
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 @functools.cache

@@ -34,7 +34,7 @@ def on_huge(start: int = 0, end: int = 1 << 64) -> int:
 def system_has_them() -> None:
     if not huge_pages._page_size():
         pytest.skip("this system has no transparent huge pages, or they are off")
-    with on_huge_pages():
+    with on_huge_pages(8 * MIB):
         block, _ = allocated(8 * MIB)
     if not on_huge(*span(block)):
         pytest.skip("this kernel does not collapse pages when it is told to")
@@ -58,7 +58,7 @@ def span(block: np.ndarray) -> tuple[int, int]:
 @pytest.mark.usefixtures("system_has_them")
 def test_what_is_allocated_inside_is_moved_and_keeps_its_values() -> None:
     before, _ = allocated(8 * MIB)
-    with on_huge_pages():
+    with on_huge_pages(8 * MIB):
         inside, _ = allocated(8 * MIB)
         unused, _ = allocated(8 * MIB, filled=False)
     assert on_huge(*span(inside)) >= 6 * MIB
@@ -94,7 +94,7 @@ def test_weights_of_a_session_that_will_run_often_are_on_them(tmp_path: Path, wa
 def without(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "no /proc":
-            patch.setattr(huge_pages, "_MAPPINGS", tmp_path / "smaps")
+            patch.setattr(huge_pages, "_PROCESS", tmp_path)
         else:
             patch.setattr(huge_pages, "_KERNEL", tmp_path)
             if request.param == "never":
@@ -105,6 +105,15 @@ def without(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[None]:
 
 @pytest.mark.usefixtures("without")
 def test_nothing_happens_where_there_are_none() -> None:
-    with on_huge_pages():
+    with on_huge_pages(8 * MIB):
         inside, _ = allocated(8 * MIB)
     assert on_huge(*span(inside)) == 0
+
+
+def test_of_less_than_a_huge_page_nothing_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel counts every page of the process for it: longer than a small session takes."""
+    read: list[str] = []
+    monkeypatch.setattr(huge_pages, "_read", read.append)
+    with on_huge_pages(MIB):
+        pass
+    assert read == []

@@ -606,6 +606,16 @@ def test_one_compiled_graph_serves_varying_lengths(impl: str) -> None:
             torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_call_without_bounds_is_one_compiled_graph(causal: bool) -> None:
+    compiled = torch.compile(attention, fullgraph=True, dynamic=True, backend="aot_eager")
+    q, k, v = inputs(Case(S=9, T=9), torch.float32)
+    out, expected = (f(q, k, v, causal=causal) for f in (compiled, attention))
+    torch.testing.assert_close(out, expected)
+    grads, wanted = (torch.autograd.grad(x.square().sum(), (q, k, v)) for x in (out, expected))
+    torch.testing.assert_close(grads, wanted)
+
+
 @pytest.mark.parametrize("drawn", [False, True], ids=["seed", "drawn-seed"])
 @pytest.mark.parametrize("impl", ["auto", "triton"])
 def test_one_compiled_graph_serves_varying_lengths_with_every_option(
@@ -715,6 +725,15 @@ def test_second_derivative_is_refused(impl: str) -> None:
     (dq,) = torch.autograd.grad(attention(q, k, v, impl=impl).sum(), q, create_graph=True)
     with pytest.raises(NotImplementedError, match="second derivative"):
         dq.sum().backward()
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="the op itself has no rule for transforms")
+def test_a_call_of_pytorchs_kernel_goes_through_function_transforms() -> None:
+    q, k, v = inputs(Case(S=3, T=3), torch.float32)
+    wanted = torch.autograd.grad(attention(q, k, v, impl="reference").sum(), q)
+    found = torch.func.grad(lambda q: attention(q, k, v).sum())
+    torch.testing.assert_close(found(q), *wanted)
+    torch.testing.assert_close(torch.func.vmap(found)(q[None])[0], *wanted)
 
 
 def test_flop_formula_counts_like_sdpa() -> None:

@@ -85,15 +85,21 @@ def direct(
             k, v = k[:, :, keys], v[:, :, keys]
     q, k, v = unit_last_stride(q), unit_last_stride(k), unit_last_stride(v)
     out, _ = _forward(q, k, v, 0.0, maskless == "causal", attn_mask=mask, scale=scale)
-    if out.grad_fn is not None and not compiling:
+    if not compiling and out.grad_fn is not None:
         out.grad_fn.register_hook(_differentiable_once)
     return out  # type: ignore[no-any-return]
 
 
 class _Once(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+    def forward(*grads: Tensor) -> tuple[Tensor, ...]:
         return tuple(grad.view_as(grad) for grad in grads)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+        pass
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> NoReturn:

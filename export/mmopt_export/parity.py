@@ -222,6 +222,18 @@ class _Comparison:
         )
 
 
+def compare_values(expected: Array, actual: Array, precision: str, **names: Any) -> StageParity:
+    """Hold rows `[n, ...]` that more than one graph computed against the threshold of `precision`.
+
+    Args:
+        names: those fields of the result that are no figures.
+    """
+    comparison = _Comparison()
+    rows = (value.reshape(len(value), -1) for value in (expected, actual))
+    comparison.add(*rows, scores=False)
+    return comparison.result(precision, exact=False, **names)
+
+
 def compare_samples(
     stage: str, precision: str, samples: Sequence[Sample], session: Any
 ) -> list[StageParity]:
@@ -273,6 +285,77 @@ def compare_samples(
             for name, comparison in comparisons.items()
         ]
     return results
+
+
+def is_near_tie(best: float, other: float, precision: str) -> bool:
+    """Whether a graph of `precision` may put `other` first, of two scores of eager's.
+
+    Scores that are right to the threshold come out in either order where they are closer than
+    twice that. In half precision it grows with the scores, as it does for outputs: fp16 has steps
+    of 1/64 from 16 on. In fp32, where scores are right to far less, it stays that of values up to
+    1. Weights of few bits move scores by more than any lead; their floats are taken for fp16.
+    """
+    tolerance = THRESHOLDS[precision if gates_tokens(precision) else "fp16"].max_abs
+    assert tolerance is not None
+    size = 1.0 if precision == "fp32" else max(1.0, abs(best))
+    return best - other <= 2 * tolerance * size
+
+
+def gates_tokens(precision: str) -> bool:
+    """Whether greedy tokens decide: weights of few bits have others, which other stages judge."""
+    return THRESHOLDS[precision].max_abs is not None
+
+
+def tokens_stage(
+    component: str,
+    kind: str,
+    expected: Sequence[Sequence[int]],
+    leads: Sequence[Sequence[tuple[float, float]]],
+    actual: Sequence[Sequence[int]],
+    precision: str,
+) -> StageParity:
+    """Greedy tokens that several graphs generated, against those that eager generates.
+
+    Where a winner was ahead by no more than a near-tie, either is right, and what follows in its
+    row is not compared.
+
+    Args:
+        expected: ids by row.
+        leads: for each of them eager's two best scores, the better first.
+        actual: ids by row.
+    """
+    compared = same = ties = 0
+    for want, scores, got in zip(expected, leads, actual, strict=True):
+        for at, token in enumerate(want):
+            if at < len(got) and got[at] == token:
+                compared, same = compared + 1, same + 1
+            elif is_near_tie(*scores[at], precision):
+                ties += 1
+                break
+            else:
+                # What follows another token says nothing.
+                compared += len(want) - at
+                break
+        else:
+            compared += abs(len(got) - len(want))
+    return StageParity(
+        component=component,
+        stage="greedy",
+        kind=kind,
+        output="tokens",
+        rows=compared,
+        finite=True,
+        max_abs=None,
+        mean_abs=None,
+        cosine=None,
+        worst_cosine=None,
+        argmax_agreement=same / compared if compared else None,
+        accuracy=None,
+        expected_accuracy=None,
+        gates=gates_tokens(precision),
+        holds=same == compared,
+        note=f"{ties} near-ties" if ties else None,
+    )
 
 
 def stored_samples(samples: Iterable[Sample]) -> list[Sample]:

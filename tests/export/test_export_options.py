@@ -21,7 +21,7 @@ from mmopt_export.quantization import blockwise, read_options
 from mmopt_kernels.errors import CheckFailedError, InputError, MmoptError
 from tiny_adapters import save_peft
 from tiny_artifacts import seal, watch_weights
-from tiny_decoders import tiny_decoder
+from tiny_decoders import on_4_bit_grid, tiny_decoder
 from tiny_models import save_tokenizer
 
 PROMPTS = [[5, 6, 7, 8], [9, 4]]
@@ -221,6 +221,23 @@ def test_weights_become_integers_as_options_say(
     }
     assert blocks == {16}
     assert bool(record["embeddings"]["tables"]) is recipe["embeddings"]
+
+
+def test_weights_that_4_bits_hold_come_out_as_they_are(tmp_path: Path) -> None:
+    """Integers, scales and their layout: with float activations nothing else is left to be off."""
+    on_4_bit_grid(tiny_decoder("llama")).save_pretrained(tmp_path / "model")
+    save_tokenizer(tmp_path / "model")
+    report = export(
+        str(tmp_path / "model"),
+        tmp_path / "out",
+        precision="int4",
+        options={"accuracy_level": 0, "symmetric": True},
+    )
+    errors = [stage.max_abs for stage in report.stages if stage.stage in ("int4", "greedy")]
+    assert len(errors) > 1
+    assert all(error is not None and error < 1e-4 for error in errors)
+    (tokens,) = (stage for stage in report.stages if stage.output == "tokens")
+    assert tokens.argmax_agreement == 1
 
 
 def test_an_option_that_nothing_heeds_is_refused(

@@ -10,9 +10,12 @@ from mmopt_export.parity import (
     Sample,
     StageParity,
     compare_samples,
+    compare_values,
     condensed,
+    is_near_tie,
     read_samples,
     stored_samples,
+    tokens_stage,
     write_parity,
 )
 from mmopt_kernels.errors import InputError
@@ -140,6 +143,68 @@ def test_weights_of_few_bits_gate_on_real_samples_where_there_are_any() -> None:
     assert gates == {"grid": True, "text": True}
     (alone,) = compare_samples("int8", "int8", samples[:1], session)
     assert alone.gates
+
+
+@pytest.mark.parametrize(
+    ("precision", "best", "lead", "tie"),
+    [
+        ("fp32", 1.5, 1.9e-4, True),
+        ("fp32", 20.0, 2.1e-4, False),
+        ("fp16", 0.0, 0.0099, True),
+        ("fp16", 0.5, 0.0101, False),
+        ("fp16", -20.0, 0.199, True),
+        ("fp16", 20.0, 0.201, False),
+        ("bf16", 20.0, 1.59, True),
+        ("bf16", 20.0, 1.61, False),
+        ("int4", 20.0, 0.199, True),
+        ("fp32", 1.0, np.inf, False),
+        ("fp32", 1.0, np.nan, False),
+    ],
+)
+def test_a_near_tie_is_within_twice_the_threshold_which_grows_in_half_precision(
+    precision: str, best: float, lead: float, tie: bool
+) -> None:
+    assert is_near_tie(best, best - lead, precision) is tie
+
+
+def _tokens(expected: list[int], actual: list[int], lead: float = 1.0) -> StageParity:
+    leads = [[(3.0, 3.0 - lead)] * len(expected)]
+    return tokens_stage("decoder", "text", [expected], leads, [actual], "fp32")
+
+
+def test_tokens_fail_where_they_differ() -> None:
+    """A wrong token, one that is missing and one too many each count; a tie does not."""
+    same = _tokens([4, 5, 6], [4, 5, 6])
+    assert same.holds
+    assert same.rows == 3
+    wrong = _tokens([4, 5, 6], [4, 7, 6])
+    assert not wrong.holds
+    assert wrong.argmax_agreement == pytest.approx(1 / 3)
+    assert not _tokens([4, 5, 6], [4, 5]).holds
+    assert not _tokens([4, 5], [4, 5, 6]).holds
+    tie = _tokens([4, 5, 6], [4, 7, 6], lead=1e-5)
+    assert tie.holds
+    assert tie.rows == 1
+    assert tie.note == "1 near-ties"
+
+
+@pytest.mark.parametrize(("precision", "gates"), [("fp32", True), ("fp16", True), ("int4", False)])
+def test_tokens_of_floats_decide_and_those_of_few_bits_do_not(precision: str, gates: bool) -> None:
+    stage = tokens_stage("decoder", "text", [[4]], [[(3.0, 1.0)]], [[5]], precision)
+    assert not stage.holds
+    assert stage.gates is gates
+
+
+@pytest.mark.parametrize(("precision", "holds"), [("fp32", False), ("fp16", True)])
+def test_pixels_are_held_to_the_threshold_of_the_precision(precision: str, holds: bool) -> None:
+    """6 x 0.005 is what fp16 may be off."""
+    pixels = np.linspace(-6, 6, 96, dtype=np.float32).reshape(2, 4, 4, 3)
+    names: dict[str, Any] = {"component": "image_decoder", "stage": "greedy", "kind": "drawing"}
+    stage = compare_values(
+        pixels, pixels + np.float32(0.02), precision, **names, output="pixels", gates=True
+    )
+    assert (stage.rows, stage.holds) == (2, holds)
+    assert stage.max_abs == pytest.approx(0.02, rel=1e-4)
 
 
 def test_stored_samples_come_back_as_they_were(tmp_path: Path) -> None:

@@ -15,14 +15,13 @@ from mmopt_export import multimodal
 from mmopt_export.checkpoint import Checkpoint, load_checkpoint
 from mmopt_export.manifest import read_manifest
 from mmopt_export.multimodal import DECODER, EMBEDDING, ENDS, VISION, MultimodalGenerator
-from mmopt_export.parity import StageParity
 from mmopt_export.pipeline import export
 from mmopt_export.runtime import runtime_errors
 from mmopt_export.tasks import vision_language
-from mmopt_export.tasks.vision_language import tokens_stage
 from mmopt_kernels.errors import InputError
 from tests.support.exported_vlm import exported, picture
-from tests.support.tiny_vlm import IMAGE_TOKEN
+from tests.support.tiny_vlm import IMAGE_TOKEN, save
+from tiny_decoders import on_4_bit_grid
 
 FAST = ("smolvlm",)
 SLOW = ("qwen2.5-vl", "gemma3", "idefics3", "llava", "qwen2-vl")
@@ -220,47 +219,21 @@ def test_an_artifact_opens_and_answers(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["smolvlm", "janus"])
+@pytest.mark.parametrize("family", ["smolvlm", "gemma3", "qwen2.5-vl", "janus"])
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 def test_each_graph_has_the_few_bits_that_its_kind_can(
     family: str, precision: str, tmp_path: Path
 ) -> None:
     """4 bits are for the decoder's weights, a tower beside it has 8."""
-    report = export(
-        str(exported(family).source), tmp_path / "artifact", precision=precision, allow_drift=True
-    )
+    folder = tmp_path / "model"
+    model = save(family, folder)
+    if precision == "int4":
+        on_4_bit_grid(model).save_pretrained(folder)
+    report = export(str(folder), tmp_path / "artifact", precision=precision)
     recipes = {name: one["recipe"] for name, one in report.quantization.items() if one is not None}
     assert recipes[DECODER]["precision"] == precision
     assert recipes[VISION]["precision"] == "int8"
-    worst = min(stage.cosine for stage in report.stages if stage.cosine is not None)
-    if precision == "int8":
-        assert report.status == "verified"
-    else:
-        # One block a row, of random weights: 0.942 at worst, and 0.95 is what a verified one needs.
-        assert worst > 0.93
-
-
-# ------------------------------------------------------------------- the proof itself
-
-
-def _stage(expected: list[int], actual: list[int], margin: float = 1.0) -> StageParity:
-    return tokens_stage("text", [expected], [[margin] * len(expected)], [actual], "fp32")
-
-
-def test_the_proof_of_tokens_fails_where_they_differ() -> None:
-    """A wrong token, one that is missing and one too many each count; a tie does not."""
-    same = _stage([4, 5, 6], [4, 5, 6])
-    assert same.holds
-    assert same.rows == 3
-    wrong = _stage([4, 5, 6], [4, 7, 6])
-    assert not wrong.holds
-    assert wrong.argmax_agreement == pytest.approx(1 / 3)
-    assert not _stage([4, 5, 6], [4, 5]).holds
-    assert not _stage([4, 5], [4, 5, 6]).holds
-    tie = _stage([4, 5, 6], [4, 7, 6], margin=1e-5)
-    assert tie.holds
-    assert tie.rows == 1
-    assert tie.note == "1 near ties"
+    assert report.status == "verified"
 
 
 # ------------------------------------------------------------------- refusals

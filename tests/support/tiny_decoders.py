@@ -127,6 +127,25 @@ def tiny_decoder(family: str, seed: int = 0, **changes: Any) -> Any:
     return model.eval()
 
 
+def on_4_bit_grid(model: Any, block: int = 32) -> Any:
+    """Round the weights of a model's matmuls, in place, to what 4 bits in blocks hold exactly.
+
+    Then a 4-bit graph has the model's own weights, and whatever it is off by is its own doing.
+    Random weights suffer from rounding as trained ones do not. Scales are those of fp16.
+    """
+    import torch
+
+    with torch.no_grad():
+        for module in model.modules():
+            if not isinstance(module, torch.nn.Linear):
+                continue
+            for columns in module.weight.split(block, dim=1):
+                at = columns.abs().argmax(dim=1, keepdim=True)
+                scale = (columns.gather(1, at) / -8).half().float()
+                columns.copy_((columns / scale).round().clamp(-8, 7) * scale)
+    return model
+
+
 def tiny_gpt_oss() -> Any:
     """GPT-OSS with attention sinks, its experts replaced by one: routing is not what is tested."""
     import torch

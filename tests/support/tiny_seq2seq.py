@@ -153,7 +153,9 @@ def tiny_seq2seq(family: str, seed: int = 0) -> Any:
             elif "relative_attention_bias" in parameter_name:
                 parameter.copy_(torch.randn(parameter.shape))
             elif name in ("T5", "MT5", "UMT5"):
-                parameter.copy_(torch.randn(parameter.shape) * SPREAD)
+                # T5 does not scale its scores: its own initialization scales queries instead.
+                scale = config.d_kv**-0.5 if parameter_name.endswith(".q.weight") else 1
+                parameter.copy_(torch.randn(parameter.shape) * SPREAD * scale)
         bias = getattr(model, "final_logits_bias", None)
         if bias is not None:
             bias.copy_(torch.randn(bias.shape))

@@ -5,8 +5,7 @@ graph against that again.
 
 Both sides always continue with eager's token, so that a step where they part does not end the
 comparison: every step of every row is compared, and until the first difference this is what free
-generation gives. A difference at a near-tie is no error: where logits are right to `tolerance`, two
-of them that are closer than twice that may come out in either order.
+generation gives. A difference at a near-tie is no error.
 """
 
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ import numpy.typing as npt
 
 from mmopt_export.generation import IDS, Generator
 from mmopt_export.manifest import CacheMap
-from mmopt_export.parity import GENERATED, Sample, StageParity
+from mmopt_export.parity import GENERATED, Sample, StageParity, gates_tokens, is_near_tie
 from mmopt_export.runtime import runtime_errors
 from mmopt_kernels.errors import InputError, MmoptError
 
@@ -28,11 +27,6 @@ if TYPE_CHECKING:
 
 STEPS = 32
 """New tokens of each row that are compared."""
-
-TOLERANCES = {"fp32": 1e-4, "fp16": 5e-3, "bf16": 4e-2}
-"""How far logits may be off, by precision: mobius's published tiers for fp32 and fp16, and for bf16
-the second times 8, since it keeps 3 bits of mantissa less. Weights of few bits move logits by more
-than any margin: their steps are reported, and the artifact's other stages judge them."""
 
 # Logits of a step that are kept to judge a difference: the margin to a token that is not among
 # these is larger than to the last of them.
@@ -103,7 +97,7 @@ class Difference:
         expected, found: eager's token and the graph's.
         margin: by how much eager's logit of its token is larger than that of the graph's; a lower
             bound where the graph's is not among eager's best.
-        near_tie: whether the margin is within twice the tolerance.
+        near_tie: whether either is right; see `mmopt_export.parity.is_near_tie`.
     """
 
     row: int
@@ -163,13 +157,9 @@ def greedy_reference(
 
 
 def greedy_parity(
-    reference: GreedyReference, generator: Generator, *, tolerance: float = TOLERANCES["fp32"]
+    reference: GreedyReference, generator: Generator, *, precision: str = "fp32"
 ) -> GreedyParity:
-    """Compare every step of a graph with the reference, all rows as one batch.
-
-    Args:
-        tolerance: how far logits may be off; see the module for what a near-tie then is.
-    """
+    """Compare every step of a graph of `precision` with the reference, all rows as one batch."""
     rows, steps, kept = reference.best.shape
     conversation = generator.start(rows)
     logits = generator.prefill([list(one) for one in reference.prompts], conversation)
@@ -189,11 +179,11 @@ def greedy_parity(
             if found == reference.tokens[row, step]:
                 continue
             place = int(np.argmax(np.append(best[row], found) == found))
-            margin = float(expected[row, 0] - expected[row, min(place, kept - 1)])
-            near = place < kept and margin <= 2 * tolerance
-            differences.append(
-                Difference(row, step, int(reference.tokens[row, step]), found, margin, near)
-            )
+            best_logit = float(expected[row, 0])
+            other = float(expected[row, min(place, kept - 1)])
+            near = place < kept and is_near_tie(best_logit, other, precision)
+            token = int(reference.tokens[row, step])
+            differences.append(Difference(row, step, token, found, best_logit - other, near))
         if step + 1 < steps:
             logits = generator.step(reference.tokens[:, step].tolist(), conversation)
     return GreedyParity(rows * steps, tuple(differences), error)
@@ -224,12 +214,11 @@ def prove_greedy(
             f"the graph {sample.component} has no cache to generate with. Export the model again."
         )
     generator = Generator(model, cache, provider=provider, max_length=longest, huge_pages=False)
-    tolerance = TOLERANCES.get(precision, TOLERANCES["fp16"])
     try:
-        result = greedy_parity(reference, generator, tolerance=tolerance)
+        result = greedy_parity(reference, generator, precision=precision)
     except runtime_errors() as error:
         raise MmoptError(f"ONNX Runtime could not generate with {model}: {error}") from error
-    return _stage(result, sample.component, precision in TOLERANCES, len(reference.prompts))
+    return _stage(result, sample.component, gates_tokens(precision), len(reference.prompts))
 
 
 def _stage(result: GreedyParity, component: str, gates: bool, rows: int) -> StageParity:

@@ -12,17 +12,13 @@ from mmopt_export.encoder_decoder.modules import greedy
 from mmopt_export.encoder_decoder.rules import Rules
 from mmopt_export.encoder_decoder.seq2seq import DECODER, ENCODER, Seq2Seq, ended
 from mmopt_export.manifest import CacheMap
-from mmopt_export.parity import StageParity
+from mmopt_export.parity import StageParity, is_near_tie, tokens_stage
 from mmopt_export.parts import Proof
 from mmopt_export.runtime import MODEL_NAME, Tensors, open_session
 from mmopt_kernels.errors import CheckFailedError
 
 TOKENS = 32
 """New tokens of each row that are held against transformers'."""
-
-# Two scores closer than this are a tie: fp32 of two runtimes differs by about 1e-5 of logits that
-# are of order 1 to 10, and either winner is right.
-_TIE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -31,11 +27,11 @@ class Expected:
 
     Attributes:
         tokens: new ids.
-        margins: for each how far the winner was ahead of the next.
+        leads: for each the two best scores.
     """
 
     tokens: tuple[int, ...]
-    margins: tuple[float, ...]
+    leads: tuple[tuple[float, float], ...]
 
 
 @dataclass(frozen=True)
@@ -90,77 +86,38 @@ def expect(
     ]
     for index, row in enumerate(rows):
         tokens = ended(row[size:], rules.eos)
-        margins = []
+        leads = []
         for at, token in enumerate(tokens):
             of_row = scores[at][index]
-            behind = np.partition(of_row, -2)[-2:]
-            margins.append(float(min(behind[1] - behind[0], np.finfo(np.float32).max)))
-            if int(of_row.argmax()) != token and of_row[token] < behind[1] - _TIE:
+            second, best = np.partition(of_row, -2)[-2:].tolist()
+            leads.append((best, second))
+            if not is_near_tie(best, float(of_row[token]), "fp32"):
                 raise CheckFailedError(
                     f"{type(model).__name__} generates token {token} at place {at} of row {index}, "
                     f"and the rules of its generation settings give {int(of_row.argmax())}: it has "
                     "a setting that an artifact does not keep to."
                 )
-        expected.append(Expected(tuple(tokens), tuple(margins)))
+        expected.append(Expected(tuple(tokens), tuple(leads)))
     return Case(kind, feeds, prompts, limit - size, expected)
 
 
 def proof(cases: Sequence[Case], rules: Rules, cache: CacheMap, positions: int | None) -> Proof:
-    """What checks a finished folder: the tokens of `cases` again, from its graphs.
-
-    Where a winner is ahead by no more than a tie, either is right, and what follows in its row is
-    not compared. Graphs whose weights are not fp32 are reported and do not gate.
-    """
+    """What checks a finished folder: the tokens of `cases` again, from its graphs."""
 
     def check(folder: Path, precision: str, provider: str) -> list[StageParity]:
         files = [folder / name / MODEL_NAME for name in (ENCODER, DECODER)]
         encoder, decoder = (open_session(file, provider=provider) for file in files)
         graphs = Seq2Seq(encoder, decoder, cache, rules, positions=positions, provider=provider)
-        exact = precision == "fp32"
         return [
-            _stage(
-                case,
+            tokens_stage(
+                DECODER,
+                case.kind,
+                [one.tokens for one in case.expected],
+                [one.leads for one in case.expected],
                 graphs.generate(graphs.encode(case.feeds), case.prompts, max_new_tokens=case.most),
-                exact,
+                precision,
             )
             for case in cases
         ]
 
     return check
-
-
-def _stage(case: Case, rows: list[list[int]], exact: bool) -> StageParity:
-    compared = same = ties = 0
-    for expected, tokens in zip(case.expected, rows, strict=True):
-        for at, token in enumerate(expected.tokens):
-            compared += 1
-            if at < len(tokens) and tokens[at] == token:
-                same += 1
-                continue
-            if expected.margins[at] <= _TIE:
-                compared -= 1
-                ties += 1
-            else:
-                # What follows another token says nothing.
-                compared += len(expected.tokens) - at - 1
-            break
-        else:
-            compared += len(tokens) - len(expected.tokens)
-    return StageParity(
-        component=DECODER,
-        stage="greedy",
-        kind=case.kind,
-        output="tokens",
-        rows=compared,
-        finite=True,
-        max_abs=None,
-        mean_abs=None,
-        cosine=None,
-        worst_cosine=None,
-        argmax_agreement=same / compared if compared else 1.0,
-        accuracy=None,
-        expected_accuracy=None,
-        gates=exact,
-        holds=same == compared,
-        note=f"{ties} near ties" if ties else None,
-    )

@@ -24,7 +24,7 @@ from mmopt_export.multimodal import (
     TEXT_HEAD,
     MultimodalGenerator,
 )
-from mmopt_export.parity import RANDOM, StageParity
+from mmopt_export.parity import RANDOM, StageParity, compare_values, tokens_stage
 from mmopt_export.parts import Part, Plan, Proof
 from mmopt_export.runtime import Tensors
 from mmopt_export.tasks import towers
@@ -38,8 +38,6 @@ ARCHITECTURE = "JanusForConditionalGeneration"
 
 # What transformers takes where neither the call nor the model's settings say.
 _GUIDANCE = 5.0
-# Pixels lie between -1 and 1; the image decoder's own threshold is parity's, this is the whole way.
-_SAME_PIXELS = 1e-3
 
 
 def plan(checkpoint: Checkpoint, calibration: Path | None) -> Plan:
@@ -251,16 +249,16 @@ def head_parts(model: Any) -> tuple[Part, ...]:
 
 @dataclass(frozen=True)
 class _Drawn:
-    """Prompts by row, and what transformers draws: tokens, margins and pixels."""
+    """Prompts by row, and what transformers draws: tokens, their leads and pixels."""
 
     rows: list[list[int]]
     tokens: list[list[int]]
-    margins: list[list[float]]
+    leads: list[list[tuple[float, float]]]
     pixels: Any
 
 
-class _Margins(transformers.LogitsProcessor):
-    """Notes how far each winner is ahead, after guidance, and changes nothing."""
+class _Scores(transformers.LogitsProcessor):
+    """Notes the scores of each step, after guidance, and changes nothing."""
 
     def __init__(self, guidance: float) -> None:
         self.guidance = guidance
@@ -268,8 +266,7 @@ class _Margins(transformers.LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         wanted, free = scores.chunk(2)
-        best = (free + self.guidance * (wanted - free)).topk(2).values
-        self.steps.append(best[:, 0] - best[:, 1])
+        self.steps.append(free + self.guidance * (wanted - free))
         return scores
 
 
@@ -296,7 +293,7 @@ def _draw(model: Any, preprocessing: Mapping[str, Any]) -> _Drawn:
         [begin, *generator.integers(3, vocabulary, length).tolist(), image] for length in (7, 4)
     ]
     ids, mask = language.left_padded(rows, drawing["pad"])
-    margins = _Margins(drawing["guidance"])
+    noted = _Scores(drawing["guidance"])
     with torch.no_grad(), quiet_transformers():
         tokens = model.generate(
             ids,
@@ -304,11 +301,11 @@ def _draw(model: Any, preprocessing: Mapping[str, Any]) -> _Drawn:
             generation_mode="image",
             do_sample=False,
             guidance_scale=drawing["guidance"],
-            logits_processor=transformers.LogitsProcessorList([margins]),
+            logits_processor=transformers.LogitsProcessorList([noted]),
         )
         pixels = model.decode_image_tokens(tokens).numpy()
-    ahead = torch.stack(margins.steps, dim=1)
-    return _Drawn(rows, tokens.tolist(), ahead.tolist(), pixels)
+    leads = language.leads(torch.stack(noted.steps, dim=1))
+    return _Drawn(rows, tokens.tolist(), leads, pixels)
 
 
 def _drawing_stages(
@@ -316,21 +313,20 @@ def _drawing_stages(
 ) -> list[StageParity]:
     drawing = generator.draw(drawn.rows)
     actual = drawing.tokens.tolist()
-    tokens = language.tokens_stage("drawing", drawn.tokens, drawn.margins, actual, precision)
+    tokens = tokens_stage(DECODER, "drawing", drawn.tokens, drawn.leads, actual, precision)
     # Of rows with other tokens, after a tie, pixels say nothing.
     same = [want == got for want, got in zip(drawn.tokens, actual, strict=True)]
-    difference = np.abs(drawing.pixels - drawn.pixels)[same]
-    finite = bool(np.isfinite(drawing.pixels).all())
-    pixels = replace(
-        tokens,
+    if not any(same):
+        return [tokens]
+    pixels = compare_values(
+        drawn.pixels[same],
+        drawing.pixels[same],
+        precision,
         component=IMAGE_DECODER,
+        stage=tokens.stage,
+        kind=tokens.kind,
         output="pixels",
-        rows=sum(same),
-        finite=finite,
-        max_abs=float(difference.max()) if any(same) else None,
-        mean_abs=float(difference.mean()) if any(same) else None,
-        argmax_agreement=None,
-        holds=finite and float(difference.max(initial=0.0)) <= _SAME_PIXELS,
+        gates=tokens.gates,
         note=None if all(same) else f"{len(same) - sum(same)} rows had ties",
     )
     return [tokens, pixels]

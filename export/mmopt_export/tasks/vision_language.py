@@ -11,12 +11,11 @@ import transformers
 from torch import Tensor, nn
 
 from mmopt_export.checkpoint import Checkpoint, quiet_transformers, resolve
-from mmopt_export.decoder.parity import TOLERANCES
 from mmopt_export.decoder.part import cache_map, decoder_part
 from mmopt_export.image_layouts import Picture, lay_out
 from mmopt_export.manifest import CacheMap
 from mmopt_export.multimodal import DECODER, EMBEDDING, FEATURES, MultimodalGenerator
-from mmopt_export.parity import StageParity
+from mmopt_export.parity import StageParity, tokens_stage
 from mmopt_export.parts import Part, Plan, Proof
 from mmopt_export.preprocessing import resample_name
 from mmopt_export.runtime import MODEL_NAME, Tensors, open_session
@@ -388,14 +387,14 @@ class Case:
         rows: ids by row.
         pictures: by row.
         expected: new ids by row.
-        margins: for each how far the winner was ahead of the next.
+        leads: for each the two best scores.
     """
 
     kind: str
     rows: list[list[int]]
     pictures: list[list[Picture]]
     expected: list[list[int]]
-    margins: list[list[float]]
+    leads: list[list[tuple[float, float]]]
 
 
 def _proof(
@@ -462,7 +461,7 @@ def text_stages(
             case.rows, case.pictures, max_new_tokens=len(case.expected[0]), eos=()
         )
         stages.append(
-            tokens_stage(case.kind, case.expected, case.margins, answer.tokens, precision)
+            tokens_stage(DECODER, case.kind, case.expected, case.leads, answer.tokens, precision)
         )
     return stages
 
@@ -537,9 +536,14 @@ def _expect(
                 output_logits=True,
             ),
         )
-    best = torch.stack(result.logits, dim=1).topk(2).values
     new = result.sequences[:, ids.shape[1] :].tolist()
-    return Case(kind, rows, pictures, new, (best[..., 0] - best[..., 1]).tolist())
+    return Case(kind, rows, pictures, new, leads(torch.stack(result.logits, dim=1)))
+
+
+def leads(scores: Tensor) -> list[list[tuple[float, float]]]:
+    """The two best of `[B, steps, V]`, the better first."""
+    best: list[list[list[float]]] = scores.topk(2).values.tolist()
+    return [[(first, second) for first, second in row] for row in best]
 
 
 def left_padded(rows: Sequence[Sequence[int]], pad: int = 0) -> tuple[Tensor, Tensor]:
@@ -568,51 +572,3 @@ def _pixels(layout: str, pictures: list[list[Picture]]) -> dict[str, Tensor]:
     most = max(map(len, rows))
     padded = [np.pad(row, ((0, most - len(row)), (0, 0), (0, 0), (0, 0))) for row in rows]
     return {"pixel_values": torch.from_numpy(np.stack(padded))}
-
-
-def tokens_stage(
-    kind: str,
-    expected: Sequence[Sequence[int]],
-    margins: Sequence[Sequence[float]],
-    actual: Sequence[Sequence[int]],
-    precision: str,
-) -> StageParity:
-    """Tokens that were generated against those that should have been.
-
-    Where a winner was ahead by no more than a tie, either is right, and what follows in its row is
-    not compared. Weights of few bits move scores by more than any margin: their tokens are
-    reported and gate nothing.
-    """
-    tie = 2 * TOLERANCES.get(precision, TOLERANCES["fp16"])
-    compared = same = ties = 0
-    for want, ahead, got in zip(expected, margins, actual, strict=True):
-        for at, token in enumerate(want):
-            if at < len(got) and got[at] == token:
-                compared, same = compared + 1, same + 1
-            elif ahead[at] <= tie:
-                ties += 1
-                break
-            else:
-                # What follows another token says nothing.
-                compared += len(want) - at
-                break
-        else:
-            compared += abs(len(got) - len(want))
-    return StageParity(
-        component=DECODER,
-        stage="greedy",
-        kind=kind,
-        output="tokens",
-        rows=compared,
-        finite=True,
-        max_abs=None,
-        mean_abs=None,
-        cosine=None,
-        worst_cosine=None,
-        argmax_agreement=same / compared if compared else None,
-        accuracy=None,
-        expected_accuracy=None,
-        gates=precision in TOLERANCES,
-        holds=same == compared,
-        note=f"{ties} near ties" if ties else None,
-    )

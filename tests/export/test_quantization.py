@@ -244,6 +244,38 @@ def test_int8_is_what_the_scheme_says(tmp_path: Path) -> None:
     np.testing.assert_allclose(got, (xq @ wq) * step * w_step, rtol=1e-3, atol=2e-2)
 
 
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside-a-matmul"])
+def test_gemms_are_int8_where_they_are_all_matmuls_that_there_are(
+    tmp_path: Path, beside: bool
+) -> None:
+    """Alone they are a tower whose patches have no batch dimension; else a pooler or a head."""
+    weights = {
+        "a": rng(1).standard_normal((40, 200), np.float32),
+        "b": rng(2).standard_normal((40, 24), np.float32),
+        "bias": rng(3).standard_normal(40).astype(np.float32),
+        "first": rng(4).standard_normal((200, 200), np.float32) / np.float32(14),
+    }
+    first = [helper.make_node("MatMul", ["x", "first"], ["h"], "first")] if beside else []
+    nodes = [
+        *first,
+        helper.make_node("Gemm", ["h" if beside else "x", "a", "bias"], ["m"], "one", transB=1),
+        helper.make_node("Gemm", ["m", "b"], ["y"], "two"),
+    ]
+    if not beside:
+        del weights["first"]
+    source = write(tmp_path / "fp32.onnx", nodes, {"x": ["rows", 200]}, ["y"], weights)
+    (feeds,) = uniform(1)
+    record = quantize(source, tmp_path / "int8.onnx", DYNAMIC, [feeds])
+    kinds = ops(tmp_path / "int8.onnx")
+    assert record["matmuls"] == kinds.count("MatMulInteger") == (1 if beside else 2)
+    assert kinds.count("Gemm") == (2 if beside else 0)
+    (expected,), (got,) = run(source, feeds), run(tmp_path / "int8.onnx", feeds)
+    assert 0 < relative(got, expected) < 0.03
+    if not beside:
+        only = dataclasses.replace(DYNAMIC, keep=("one",))
+        assert quantize(source, tmp_path / "kept.onnx", only, [feeds])["matmuls"] == 1
+
+
 def test_only_a_spiked_input_has_its_outliers_taken_out(tmp_path: Path) -> None:
     record = quantize(branches(tmp_path / "fp32.onnx"), tmp_path / "int8.onnx", DYNAMIC, uniform(3))
     assert record["outliers"]["matmuls"] == ["spiked_matmul"]

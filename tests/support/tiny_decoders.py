@@ -142,6 +142,7 @@ def on_4_bit_grid(model: Any, block: int = 32) -> Any:
             for columns in module.weight.split(block, dim=1):
                 at = columns.abs().argmax(dim=1, keepdim=True)
                 scale = (columns.gather(1, at) / -8).half().float()
+                scale[scale == 0] = 1  # of the row of padding
                 columns.copy_((columns / scale).round().clamp(-8, 7) * scale)
     return model
 

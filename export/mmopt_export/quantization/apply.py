@@ -26,7 +26,7 @@ from mmopt_export.quantization.measuring import (
 )
 from mmopt_export.quantization.outliers import relieve
 from mmopt_export.quantization.recipe import NothingToQuantizeError, Recipe
-from mmopt_export.quantization.rewrites import rewrite_for_cpu
+from mmopt_export.quantization.rewrites import rewrite_for_cpu, split_lone_gemms
 from mmopt_export.quantization.static import quantize_static, quiet
 from mmopt_export.quantization.storage import Group, load, save
 from mmopt_export.quantization.weights import Weight, name_nodes
@@ -100,8 +100,7 @@ def layer_sensitivities(
     try:
         with quiet():
             if recipe.method == "dynamic":
-                rewrite_for_cpu(model)
-                weights = dynamic_candidates(model.graph)
+                weights = _integer_candidates(model)
                 _require_something(recipe, weights)
                 stats = input_stats(model, source.parent, weights, feeds)
                 weights, rest, _ = relieve(model.graph, weights, stats)
@@ -144,8 +143,7 @@ def _half(
 def _dynamic(
     model: onnx_ir.Model, folder: Path, recipe: Recipe, feeds: Sequence[Tensors]
 ) -> dict[str, Any]:
-    rewrite_for_cpu(model)
-    weights = dynamic_candidates(model.graph)
+    weights = _integer_candidates(model)
     _require_nodes(recipe, [weight.name for weight in weights])
     chosen = [weight for weight in weights if weight.name not in recipe.keep]
     stats = input_stats(model, folder, chosen, feeds) if chosen else {}
@@ -189,6 +187,12 @@ _METHODS: dict[str, Callable[[onnx_ir.Model, Path, Recipe, Sequence[Tensors]], d
     "dynamic": _dynamic,
     "weights": _weights,
 }
+
+
+def _integer_candidates(model: onnx_ir.Model) -> list[Weight]:
+    rewrite_for_cpu(model)
+    split_lone_gemms(model.graph)
+    return dynamic_candidates(model.graph)
 
 
 def _require_something(

@@ -93,7 +93,8 @@ def quantize_embeddings(graph: onnx_ir.Graph) -> list[str]:
 def dynamic_candidates(graph: onnx_ir.Graph) -> list[Weight]:
     """The matmuls that int8 is for.
 
-    A Gemm, which the tracer uses for the pooler and the head, is next to nothing in time and size.
+    A Gemm, which the tracer uses for the pooler and the head, is next to nothing in time and size;
+    see `split_lone_gemms` for graphs of Gemms alone.
     """
     return list(find_weights(graph, gemm=False))
 

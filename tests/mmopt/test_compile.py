@@ -176,6 +176,7 @@ def test_compiled_mask_is_never_formed():
     assert all(len(re.findall(r"s\d+", size)) <= 1 for size in sizes)
 
 
+@pytest.mark.usefixtures("without_inductor")
 def test_recompile_is_named_with_its_reason():
     """A batch of one where two were promised free."""
     model = bert()

@@ -141,7 +141,8 @@ def load_checkpoint(
         else:
             swap = make_swappable(base, pairs)
             loaded, provided, new = swap.model, set[str](), swap.warnings
-        notes = [*notes, *new]
+        others = (_other_base(folder, model, base_folder) for folder in folders)
+        notes = [*notes, *new, *(note for note in others if note is not None)]
         missing = [name for name in missing if name not in provided]
     if missing:
         raise InputError(
@@ -159,6 +160,20 @@ def load_checkpoint(
         quantized=quantized,
         warnings=tuple(notes),
         swap=swap,
+    )
+
+
+def _other_base(adapter: Path, model: str, base: Path) -> str | None:
+    """What to say where an adapter's config names another base, which may be the same elsewhere."""
+    if (adapter / TRAIN_RECORD).is_file():  # held against the weights themselves
+        return None
+    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    trained_on = config.get("base_model_name_or_path")
+    if not trained_on or Path(trained_on).name in (Path(model).name, base.resolve().name):
+        return None
+    return (
+        f"the adapter {adapter} was trained on {trained_on}, and {model} is the base: whether they "
+        "are the same is not known, only that names and shapes fit."
     )
 
 
@@ -271,21 +286,30 @@ def load_base(
         check_weights(folder)
         if not hasattr(config, "quantization_config"):
             weights = stored_tensors(_model_files(folder))
+    options: dict[str, Any] = {
+        "config": config,
+        "dtype": dtype,
+        "output_loading_info": True,
+        # Otherwise the error names none of them.
+        "ignore_mismatched_sizes": True,
+    }
     try:
         with quiet_transformers():
             if weights is None:
-                model, info = model_class.from_pretrained(
-                    folder, config=config, dtype=dtype, output_loading_info=True
-                )
+                model, info = model_class.from_pretrained(folder, **options)
             else:
-                model, info = model_class.from_pretrained(
-                    None, config=config, dtype=dtype, state_dict=weights, output_loading_info=True
-                )
+                model, info = model_class.from_pretrained(None, state_dict=weights, **options)
                 _name(model, folder)
     except InputError:
         raise
     except (RuntimeError, ValueError, OSError, SafetensorError) as error:
         raise InputError(f"the weights in {folder} do not fit {name}: {one_line(error)}") from error
+    if other := sorted(info["mismatched_keys"]):
+        shapes = [f"{key} {tuple(has)} for {tuple(wants)}" for key, has, wants in other]
+        raise InputError(
+            f"the weights in {folder} do not fit {name}: {_first(shapes)} of config.json. "
+            "One of the two files is another model's."
+        )
     missing = sorted(info["missing_keys"])
     broken = [key for key, value in model.state_dict().items() if not finite(value)]
     if broken := [key for key in broken if key not in missing]:

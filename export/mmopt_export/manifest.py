@@ -208,6 +208,9 @@ def _parse(document: Mapping[str, Any]) -> Manifest:
     for one in (document, *document["components"].values()):
         if one["precision"] not in PRECISIONS:
             raise ValueError(f"precision {one['precision']!r}")
+    longest = document["max_length"]
+    if longest is not None and (not isinstance(longest, int) or longest < 1):
+        raise ValueError(f"max_length {longest!r}")
     fields = {
         **document,
         "components": {

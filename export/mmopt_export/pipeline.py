@@ -3,7 +3,8 @@
 import gc
 import importlib.metadata
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from mmopt_export.quantization import FLOATS, require_heeded, rewrite_for_cpu
 from mmopt_export.runtime import MODEL_NAME, has_provider, runtime_version
 from mmopt_export.signing import read_private_key, sign
 from mmopt_export.tasks import make_plan
-from mmopt_kernels.errors import InputError, MmoptError
+from mmopt_kernels.errors import CheckFailedError, InputError, MmoptError
 
 MINIMUM_ONNXRUNTIME = "1.30"
 MAX_DROP = 0.05
@@ -147,7 +148,8 @@ def export(
         destination.require_precision(None, precision)
     if max_drop is not None and precision != AUTO:
         raise InputError(
-            f"--max-drop is what --precision {AUTO} may lose, and --precision is {precision}. "
+            f"--max-drop is what --precision {AUTO} may lose, and --precision is "
+            f"{precision or 'left out'}. "
             f"Pass --precision {AUTO}, or leave --max-drop out."
         )
     if max_drop is not None and not 0 <= max_drop < math.inf:
@@ -189,20 +191,21 @@ def export(
         )
         # Models and what traced them refer to themselves.
         gc.collect()
-        finished = {
-            graph.name: finish(
-                graph,
-                folder,
-                target=destination,
-                provider=provider,
-                calibration=calibration,
-                max_drop=MAX_DROP if max_drop is None else max_drop,
-                options=options,
-                longest=traced.max_length,
-                progress=progress,
-            )
-            for graph in traced.graphs
-        }
+        with _naming(traced.architecture):
+            finished = {
+                graph.name: finish(
+                    graph,
+                    folder,
+                    target=destination,
+                    provider=provider,
+                    calibration=calibration,
+                    max_drop=MAX_DROP if max_drop is None else max_drop,
+                    options=options,
+                    longest=traced.max_length,
+                    progress=progress,
+                )
+                for graph in traced.graphs
+            }
         components = {name: one.component for name, one in finished.items()}
         stages = [stage for one in finished.values() for stage in one.stages]
         placements = tuple(one.placement for one in finished.values())
@@ -255,6 +258,17 @@ def export(
         quantization={name: one.quantization for name, one in components.items()},
         warnings=traced.warnings,
     )
+
+
+@contextmanager
+def _naming(architecture: str) -> Iterator[None]:
+    """Say which model it was whose graphs could not be run."""
+    try:
+        yield
+    except (InputError, CheckFailedError):
+        raise
+    except MmoptError as error:
+        raise MmoptError(f"{architecture} could not be exported: {error}") from error
 
 
 def _status(holds: bool, placed: bool, *, provable: bool, allow_drift: bool) -> str:

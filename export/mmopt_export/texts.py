@@ -52,7 +52,8 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         InputError: the file is missing or not UTF-8, or a line is not an object.
     """
     if not path.is_file():
-        raise InputError(f"{path} does not exist, expected a JSON Lines file.")
+        what = "is no file" if path.exists() else "does not exist"
+        raise InputError(f"{path} {what}, expected a JSON Lines file.")
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
@@ -80,5 +81,10 @@ def string_at(path: Path, number: int, row: Mapping[str, Any], key: str) -> str:
         raise InputError(
             f'{path}, line {number}: expected an object with a string "{key}", got '
             f"{json.dumps(row, ensure_ascii=False)[:80]}"
+        )
+    if not value.isascii() and any("\ud800" <= one <= "\udfff" for one in value):
+        raise InputError(
+            f'{path}, line {number}: "{key}" has half of a surrogate pair, which is no character '
+            f"({json.dumps(value)[:80]})."
         )
     return value

@@ -98,7 +98,9 @@ def test_weights_of_another_shape_are_bad_input(model: Path) -> None:
     tensors = load_file(model / "model.safetensors")
     tensors["classifier.weight"] = torch.zeros(7, 32)
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(InputError, match="do not fit BertForSequenceClassification"):
+    with pytest.raises(
+        InputError, match=r"do not fit .*: classifier\.weight \(7, 32\) for \(3, 32\)"
+    ):
         load_checkpoint(str(model))
 
 
@@ -413,6 +415,21 @@ def test_damaged_parts_of_a_quantized_weight_are_named(nf4: Path, tmp_path: Path
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError, match=r"quantized weight model.layers.1.mlp.up_proj.weight is"):
         load_checkpoint(str(base), adapt="merge")
+
+
+@pytest.mark.parametrize("adapt", ["merge", "attach", "swap"])
+def test_an_adapter_whose_base_has_another_name_gives_a_warning(
+    llama: Path, tmp_path: Path, adapt: Adapt
+) -> None:
+    """Names and shapes fit by chance too; the same name elsewhere is the same model."""
+    config = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    adapter = save_peft(llama, tmp_path / "adapter", config)
+    path = adapter / "adapter_config.json"
+    settings = json.loads(path.read_text())
+    for base, count in (("someone/other-8b", 1), (f"someone/{llama.name}", 0)):
+        path.write_text(json.dumps({**settings, "base_model_name_or_path": base}))
+        notes = load_checkpoint(str(llama), adapters=[str(adapter)], adapt=adapt).warnings
+        assert [f"was trained on {base}" in note for note in notes] == [True] * count
 
 
 def test_an_adapter_of_a_quantized_base_on_another_one_gives_a_warning(

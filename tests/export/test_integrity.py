@@ -530,7 +530,14 @@ def test_a_manifest_that_is_damaged_or_meant_to_hurt_is_refused(
 
 @pytest.mark.usefixtures("no_session")
 @pytest.mark.parametrize(
-    ("field", "value"), [("minimum_onnxruntime", "new"), ("precision", "fp8"), ("components", [1])]
+    ("field", "value"),
+    [
+        ("minimum_onnxruntime", "new"),
+        ("precision", "fp8"),
+        ("components", [1]),
+        ("max_length", "x"),
+        ("max_length", 0),
+    ],
 )
 def test_a_manifest_whose_values_mean_nothing_is_damaged(
     tiny: Path, field: str, value: object

@@ -11,6 +11,7 @@ from mmopt_export import ExportReport, Runner, export, load_checkpoint
 from mmopt_export.encoders import fused_attention
 from mmopt_export.graph import trace
 from mmopt_export.tasks import make_plan
+from mmopt_export.tasks.text import random_ids
 from mmopt_kernels.errors import InputError, MmoptError
 from tiny_encoders import save_text_encoder
 
@@ -199,6 +200,20 @@ def test_padding_on_the_left_is_kept_in_the_tokenizer(tmp_path: Path) -> None:
     np.testing.assert_array_equal(feeds["input_ids"], expected["input_ids"])
 
 
+def test_block_sparse_attention_is_refused_by_name(tmp_path: Path) -> None:
+    """Traced at a few tokens it is dense, and wrong at many."""
+    model = save_text_encoder(tmp_path / "model", "BigBird", "ForSequenceClassification")
+    with pytest.raises(InputError, match="BigBirdForSequenceClassification has block-sparse"):
+        export(str(model), tmp_path / "out", precision="fp32")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("longest", "found"), [(96, 96), (5000, 1024)])
+def test_parity_sees_a_text_of_every_position_up_to_1024(longest: int, found: int) -> None:
+    feeds = random_ids(["input_ids"], vocabulary=9, pad_id=0, longest=longest)
+    assert max(one["input_ids"].shape[1] for one in feeds) == found
+
+
 @pytest.mark.parametrize(
     ("family", "head", "message"),
     [
@@ -234,4 +249,18 @@ def test_a_model_that_cannot_be_traced_is_named_with_the_reason(
     message = str(caught.value)
     assert message.startswith("DistilBertForSequenceClassification could not be traced: ")
     assert "data-dependent" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_graph_that_cannot_be_run_is_named_with_the_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(stage: str, *_: Any) -> None:
+        raise MmoptError(f"ONNX Runtime could not run stage {stage}: no kernel")
+
+    model = save_text_encoder(tmp_path / "model", "DistilBert", "ForSequenceClassification")
+    monkeypatch.setattr("mmopt_export.finishing.compare_samples", fail)
+    named = "^DistilBertForSequenceClassification could not be exported: .*stage fp32-unoptimized"
+    with pytest.raises(MmoptError, match=named):
+        export(str(model), tmp_path / "out", precision="fp32")
     assert not (tmp_path / "out").exists()

@@ -67,6 +67,7 @@ _TEXT_CONFIGS: dict[str, dict[str, Any]] = {
     },
     "MPNet": {**_TEXT, "max_position_embeddings": 66, "pad_token_id": 1},
     "Albert": {**_TEXT, "embedding_size": 16},
+    "BigBird": {**_TEXT, "block_size": 4, "num_random_blocks": 1},
 }
 IMAGE = {"image_size": 32, "patch_size": 8}
 _VISION_CONFIGS: dict[str, dict[str, Any]] = {

@@ -266,13 +266,20 @@ def test_logits_are_the_callers_to_keep(llama: Exported) -> None:
     assert not np.array_equal(first, second)
 
 
-def test_generation_ends_where_positions_end(llama: Exported) -> None:
-    """96 positions: 90 tokens in leave 6, and the seventh comes from the last one."""
-    generator = llama.generator()
-    result = generator.generate(prompts_of((90, 5)), max_new_tokens=30)
-    assert [len(one) for one in result.tokens] == [7, 30]
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_row_ends_where_positions_end_and_others_go_on(family: str) -> None:
+    """96 positions: 90 tokens in leave 6, and the seventh comes from the last one.
+
+    GPT-2 looks positions up in a table that ends there, whatever a full row's place holds.
+    """
+    exported = traced(family)
+    prompts = prompts_of((90, 5))
+    result = exported.generator().generate(prompts, max_new_tokens=30)
     assert result.reasons == ["length", "length"]
-    assert result.tokens[0] == eager_tokens(llama.model, prompts_of((90, 5))[0], 7)
+    assert result.tokens == [
+        eager_tokens(exported.model, prompt, count)
+        for prompt, count in zip(prompts, (7, 30), strict=True)
+    ]
 
 
 # -------------------------------------------------------------------- sampling

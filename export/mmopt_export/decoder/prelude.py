@@ -56,13 +56,8 @@ def _make(
     # [B, 1]: new tokens of each row, tokens in its cache, and both; a row without a new token has
     # one that means nothing, behind its own.
     count = build("ReduceSum", fresh, one, dtype=int64, rank=2, keepdims=1)
-    past = build(
-        "Sub",
-        build("ReduceSum", mask, one, dtype=int64, rank=2, keepdims=1),
-        count,
-        dtype=int64,
-        rank=2,
-    )
+    known = build("ReduceSum", mask, one, dtype=int64, rank=2, keepdims=1)
+    past = build("Sub", known, count, dtype=int64, rank=2)
     filled = build("Max", count, one, dtype=int64, rank=2)
     length = build("Add", past, filled, dtype=int64, rank=2)
     # [B, S]: where each token goes; real ones by their rank, padding by its rank after them.
@@ -111,8 +106,9 @@ def _make(
     positions = build(
         "Min",
         build("Add", past, columns, dtype=int64, rank=2),
-        # Padding takes the last real position: a table of positions may end there.
-        build("Sub", length, one, dtype=int64, rank=2),
+        # Padding takes the last real position, and so does the one token of a row without a new
+        # one: a table of positions may end there.
+        build("Max", build("Sub", known, one, dtype=int64, rank=2), zero, dtype=int64, rank=2),
         dtype=int64,
         rank=2,
     )

@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mmopt_export.manifest import CacheMap
-from mmopt_export.runtime import open_session
-from mmopt_kernels.errors import InputError
+from mmopt_export.runtime import MODEL, Runner, open_session
+from mmopt_kernels.errors import InputError, MmoptError, one_line
 
 CPU = "CPUExecutionProvider"
 LOGITS = "logits"
@@ -124,7 +124,7 @@ class Generation:
 
 
 class Generator:
-    """Generates with one session of an exported decoder.
+    """Generates with one session of an exported decoder; `Generator.open` opens an artifact's.
 
     A batch that already has a cache takes several new tokens row by row on the CPU and token by
     token on other providers: ONNX Runtime's GroupQueryAttention refuses more than one row with a
@@ -136,7 +136,8 @@ class Generator:
         cache: the names and sizes of the KV cache, from the manifest; their type is the graph's.
         provider: where buffers are; the session must run there.
         threads, huge_pages: for a session that is opened here, as `open_session` takes them.
-        max_length: tokens that a row may have, where the model's positions end.
+        max_length: tokens that a row may have: `max_length` of the manifest, where the model's
+            positions end. Without it ONNX Runtime fails there, or a GPU reads what is behind them.
         embed: for a graph that takes `inputs_embeds`: what makes them of ids.
         output: what the graph gives beside the cache, `[B, 1, V]`, under another name.
 
@@ -194,6 +195,34 @@ class Generator:
         }.get(outputs[output].type)
         self._embeds_type = np.float16 if "float16" in inputs[self._tokens].type else np.float32
 
+    @classmethod
+    def open(cls, artifact: Path | Runner, *, threads: int | None = None) -> "Generator":
+        """Check an artifact and open its decoder, with the model's limit and on its provider.
+
+        Args:
+            artifact: a folder that `mmopt export` wrote, or an opened one.
+            threads: intra-op threads; None takes every core that this process may use.
+
+        Raises:
+            InputError: it is no artifact, or of a model that is no decoder alone.
+            CheckFailedError: it is not proven, or a file differs from the manifest.
+            MmoptError: ONNX Runtime is missing, too old, or cannot load the graph.
+        """
+        runner = artifact if isinstance(artifact, Runner) else Runner(artifact, threads=threads)
+        manifest = runner.manifest
+        if MODEL not in manifest.caches:
+            raise InputError(
+                f"{runner.path} is for {manifest.task}, expected a decoder alone, for "
+                "text-generation. TextGenerator, Transcriber and MultimodalGenerator open others "
+                "that generate."
+            )
+        return cls(
+            runner.session(),
+            manifest.caches[MODEL],
+            provider=runner.provider,
+            max_length=manifest.max_length,
+        )
+
     # ---------------------------------------------------------------- public
 
     def start(
@@ -234,6 +263,7 @@ class Generator:
 
         Raises:
             InputError: another number of rows, an id out of range, or more tokens than positions.
+            MmoptError: ONNX Runtime failed, as where positions end and `max_length` is not given.
         """
         return self._prefill(prompts, conversation).copy()
 
@@ -314,6 +344,7 @@ class Generator:
 
         Raises:
             InputError: a prompt that is empty, holds an unknown id, or has no room for one token.
+            MmoptError: as for `prefill`.
         """
         state = conversation or self.start(len(prompts))
         tokens: list[list[int]] = [[] for _ in range(state.batch)]
@@ -404,7 +435,17 @@ class Generator:
             binding.bind_cpu_input(name, feed)
         if logits is None:
             binding.bind_output(self._output, "cpu")
-        self.session.run_with_iobinding(binding)
+        try:
+            self.session.run_with_iobinding(binding)
+        except RuntimeError as error:  # what a bound run raises, whatever failed
+            longest = int((conversation.lengths + counts).max())
+            message = f"ONNX Runtime failed where a row has {longest} tokens: {one_line(error)}."
+            if self.max_length is None:
+                message += (
+                    " No max_length was given: if the model's positions end before, pass that of "
+                    "the manifest, or open the artifact with Generator.open."
+                )
+            raise MmoptError(message) from error
         conversation.lengths += counts
         if logits is None:
             names = [one.name for one in self.session.get_outputs()]

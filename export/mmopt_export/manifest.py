@@ -107,7 +107,8 @@ class Manifest:
         caches: the KV cache of each component that has one.
         adapters: adapters that a run may choose: by name and component the `.onnx_adapter` file.
         labels: class names by index.
-        max_length: tokens that the tokenizer keeps of a text; None without text.
+        max_length: tokens that the tokenizer keeps of a text, and that a decoder has positions for;
+            None without text or without an end.
         preprocessing: constants that a runtime needs before and after the graphs.
         tools: versions that wrote the artifact.
     """

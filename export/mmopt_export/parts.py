@@ -121,7 +121,7 @@ class Plan:
         write: saves the tokenizer and the processor into the artifact's folder.
         write_for: saves what another runtime wants there, for an execution provider.
         labels: class names by index.
-        max_length: tokens that the tokenizer keeps of a text; None without text.
+        max_length: as in the manifest.
         preprocessing: constants that a runtime needs before and after the graphs.
         caches: the KV cache by part.
         proof: called while the model is there; gives what then checks the finished folder beyond

@@ -69,10 +69,7 @@ def save_lora(model: Path, folder: Path, *, rank: int) -> Path:
 
 
 def generated(runner: Runner, adapter: str | None = None) -> list[list[int]]:
-    manifest = runner.manifest
-    generator = Generator(
-        runner.session(), manifest.caches["model"], max_length=manifest.max_length
-    )
+    generator = Generator.open(runner)
     constants = runner.adapters().feeds(adapter) if adapter else None
     conversation = generator.start(len(PROMPTS), constants=constants)
     found = generator.generate(PROMPTS, max_new_tokens=TOKENS, conversation=conversation)

@@ -1,5 +1,6 @@
 """Generation on ONNX Runtime: batches, turns, ends, growth, sampling, and what is refused."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,10 +13,11 @@ import pytest
 from onnx import TensorProto
 
 from mmopt_export.generation import GREEDY, Generator, Sampling, choose, distribution
-from mmopt_export.manifest import CacheMap
+from mmopt_export.manifest import CacheMap, Component, record_files
 from mmopt_export.providers import get_target
 from mmopt_export.quantization import quantize, recipe_for
-from mmopt_kernels.errors import InputError
+from mmopt_kernels.errors import InputError, MmoptError
+from tiny_artifacts import make_artifact, make_manifest
 from tiny_decoders import VOCABULARY, Exported, eager_tokens, traced
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -280,6 +282,35 @@ def test_a_row_ends_where_positions_end_and_others_go_on(family: str) -> None:
         eager_tokens(exported.model, prompt, count)
         for prompt, count in zip(prompts, (7, 30), strict=True)
     ]
+
+
+def test_an_opened_artifact_ends_where_positions_end(llama: Exported, tmp_path: Path) -> None:
+    """The limit and the cache are the manifest's."""
+    folder = shutil.copytree(llama.folder, tmp_path / "artifact")
+    manifest = make_manifest(
+        "llama",
+        {"model": Component("model.onnx", (), (), "fp32", None)},
+        task="text-generation",
+        caches={"model": llama.cache},
+        max_length=llama.part.limits["total"],
+        files=record_files(folder),
+    )
+    manifest.write(folder)
+    result = Generator.open(folder, threads=1).generate([[5] * 90], max_new_tokens=30)
+    assert result.tokens == [eager_tokens(llama.model, [5] * 90, 7)]
+    assert result.reasons == ["length"]
+
+
+def test_an_artifact_of_another_kind_is_not_opened(tmp_path: Path) -> None:
+    message = "is for text-classification, expected a decoder alone.*TextGenerator"
+    with pytest.raises(InputError, match=message):
+        Generator.open(make_artifact(tmp_path))
+
+
+def test_a_failed_step_without_a_limit_names_the_limit(llama: Exported) -> None:
+    generator = llama.generator(max_length=None)
+    with pytest.raises(MmoptError, match=r"a row has 98 tokens: .*No max_length was given"):
+        generator.generate([[5] * 90], max_new_tokens=30)
 
 
 # -------------------------------------------------------------------- sampling

@@ -18,6 +18,7 @@ from mmopt_export import Generator, Runner, export, load_checkpoint, read_manife
 from mmopt_export.files import same_artifact
 from mmopt_export.parity import GENERATED, read_samples, write_parity
 from mmopt_export.quantization import blockwise, read_options
+from mmopt_export.tasks import make_plan
 from mmopt_kernels.errors import CheckFailedError, InputError, MmoptError
 from tiny_adapters import save_peft
 from tiny_artifacts import seal, watch_weights
@@ -347,6 +348,16 @@ def test_options_that_do_not_go_together_are_refused(
     with pytest.raises(InputError, match=message):
         export(str(classifier), tmp_path / "out", **options)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_long_calibration_texts_are_cut_where_a_decoders_positions_end(
+    llama: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "long.jsonl"
+    data.write_text(json.dumps({"text": "a b " * 300}) + "\n")
+    (part,) = make_plan(load_checkpoint(str(llama)), calibration=data).parts
+    widths = [feeds["input_ids"].shape[1] for kind, feeds in part.samples() if kind == "text"]
+    assert widths == [96]
 
 
 def test_calibration_without_the_column_is_refused_with_its_line(

@@ -48,8 +48,10 @@ def plan(checkpoint: Checkpoint, calibration: Path | None) -> Plan:
         inputs, axes = swap_inputs(model)
         extra = Extra(inputs, axes, functools.partial(bind, model))
     part = decoder_part(model, name=MODEL, extra=extra)
+    longest = part.limits.get("total")
+    kept = _PROMPT_TOKENS if longest is None else min(_PROMPT_TOKENS, longest)
     prompts = [
-        tokenizer(one, truncation=True, max_length=_PROMPT_TOKENS)["input_ids"]
+        tokenizer(one, truncation=True, max_length=kept)["input_ids"]
         for one in text.calibration_texts(calibration)[:_PROMPTS]
     ]
     config = model.generation_config
@@ -84,7 +86,7 @@ def plan(checkpoint: Checkpoint, calibration: Path | None) -> Plan:
         ),
         write=write,
         write_for=write_for,
-        max_length=part.limits.get("total"),
+        max_length=longest,
         preprocessing={
             "bos_token_id": config.bos_token_id,
             "eos_token_ids": eos_ids(config),

@@ -15,6 +15,7 @@ from mmopt_export.huge_pages import on_huge_pages
 from mmopt_export.integrity import require_integrity
 from mmopt_export.manifest import Manifest, read_manifest
 from mmopt_export.placement import CPU
+from mmopt_export.texts import require_several
 from mmopt_export.threads import usable_cores
 from mmopt_kernels.errors import CheckFailedError, InputError, MmoptError, one_line
 
@@ -225,8 +226,9 @@ class Runner:
         """Encode texts as the inputs of a graph, int64 `[B, L]`, padded to the longest of them.
 
         Raises:
-            InputError: the artifact is not for text.
+            InputError: the artifact is not for text, or `texts` is a string.
         """
+        require_several(texts)
         if self._tokenizer is None:
             raise InputError(f"{self.path} is for {self.manifest.task} and reads no text.")
         encodings = self._tokenizer.encode_batch(list(texts))
@@ -277,7 +279,12 @@ class Runner:
         return dict(zip(names, values, strict=True))
 
     def classify(self, texts: Sequence[str], *, batch_size: int = 32) -> npt.NDArray[np.float32]:
-        """Logits `[len(texts), labels]`, batched by length so that little of it is padding."""
+        """Logits `[len(texts), labels]`, batched by length so that little of it is padding.
+
+        Raises:
+            InputError: the artifact is not for text, or `texts` is a string.
+        """
+        require_several(texts)
         order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
         logits = np.empty((len(texts), len(self.manifest.labels)), dtype=np.float32)
         for start in range(0, len(order), batch_size):

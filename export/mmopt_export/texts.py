@@ -1,12 +1,25 @@
-"""Reads JSON Lines of texts and labels: `{"text": ..., "label": ...}`, one object a line."""
+"""Texts of callers, and JSON Lines of them: `{"text": ..., "label": ...}`, one object a line."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mmopt_kernels.errors import InputError
+
+
+def require_several(texts: Sequence[Any], name: str = "texts") -> None:
+    """Raise InputError for a string where several are taken: each letter would be one.
+
+    Args:
+        name: of the argument.
+    """
+    if isinstance(texts, str):
+        raise InputError(
+            f"{name} is the string {texts[:40]!r}, expected a list of texts. "
+            f"Pass it as {name}=[text]."
+        )
 
 
 @dataclass(frozen=True)

@@ -191,6 +191,13 @@ def test_the_first_token_can_be_chosen(exported: Callable[[str], Exported]) -> N
         generator.generate(TEXTS[:1], first="<nothing>")
 
 
+def test_a_string_is_no_list_of_texts(exported: Callable[[str], Exported]) -> None:
+    with pytest.raises(
+        InputError, match=r"texts is the string 'a b', .* Pass it as texts=\[text\]"
+    ):
+        TextGenerator(exported("t5").folder).generate("a b")
+
+
 # -------------------------------------------------------------------- speech
 
 
@@ -268,6 +275,16 @@ def test_sounds_that_cannot_be_transcribed_are_refused(transcriber: Transcriber)
         transcriber.transcribe([sound, np.zeros((2, 3))])
     with pytest.raises(InputError, match="NaN or Inf"):
         transcriber.transcribe([np.full(100, np.nan)])
+    with pytest.raises(InputError, match=r"sound 0 has samples of int16.* 16 bits by 32768"):
+        transcriber.transcribe([(sound * 32767).astype(np.int16)])
+    with pytest.raises(InputError, match=r"sound 0 reaches \d+.* expected samples in \[-1, 1\]"):
+        transcriber.transcribe([sound * 32767])
+
+
+def test_sounds_a_little_beyond_full_scale_are_transcribed(transcriber: Transcriber) -> None:
+    sound = tiny.sounds(0.5)[0]
+    (loud,) = transcriber.transcribe([sound / np.abs(sound).max() * 1.4], max_new_tokens=4)
+    assert loud.text
 
 
 @pytest.mark.slow

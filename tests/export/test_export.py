@@ -99,6 +99,14 @@ def test_batch_and_length_of_one_and_padding_do_not_change_a_row(fp32: Path) -> 
     np.testing.assert_allclose(together[:1], alone, atol=1e-5)
 
 
+@pytest.mark.parametrize("method", ["classify", "tokenize"])
+def test_a_string_is_no_list_of_texts(fp32: Path, method: str) -> None:
+    with pytest.raises(
+        InputError, match=r"texts is the string 'a graph', expected a list of texts"
+    ):
+        getattr(Runner(fp32), method)("a graph")
+
+
 def test_texts_longer_than_the_model_are_truncated(fp32: Path) -> None:
     runner = Runner(fp32)
     feeds = runner.tokenize(["graph " * 500])

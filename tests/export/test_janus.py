@@ -127,6 +127,11 @@ def test_guidance_below_one_is_refused() -> None:
         exported("janus").generator().draw([])
 
 
+def test_a_string_is_no_list_of_prompts() -> None:
+    with pytest.raises(InputError, match="prompts is the string 't4'"):
+        exported("janus").generator().draw("t4")
+
+
 def test_an_image_is_understood() -> None:
     """Another picture gives other words; placeholders become all of an image's tokens."""
     generator = exported("janus").generator()

@@ -174,6 +174,7 @@ def test_a_row_ends_at_its_own_token() -> None:
         ([[4, 5]], [["one"]], "has 0 image tokens and its images 12 features"),
         ([[4, IMAGE_TOKEN]], [["one"]], "has 1 image tokens and its images 12 features"),
         ([[]], None, "empty"),
+        ("t4 t5", None, "prompts is the string 't4 t5', expected a list of texts"),
     ],
 )
 def test_prompts_that_do_not_fit_their_images_are_refused(

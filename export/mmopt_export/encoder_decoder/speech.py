@@ -20,6 +20,10 @@ from mmopt_export.preprocessing import process_sounds
 from mmopt_export.runtime import Runner, Tensors
 from mmopt_kernels.errors import InputError
 
+# Decoders and resamplers pass full scale by a few dB, never by 18; samples of 16 bits that were not
+# scaled are quieter than that below -72 dB only.
+_LOUDEST = 8.0
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -85,7 +89,8 @@ class Transcriber(Opened):
         """Transcribe sounds, or translate what is said in them.
 
         Args:
-            sounds: samples `[n]` in [-1, 1] at `sampling_rate`, one channel.
+            sounds: samples `[n]` in [-1, 1] at `sampling_rate`, floats of one channel. Divide
+                integers by their full scale, those of 16 bits by 32768.
             language: a code or a name, such as `de` or `german`; None lets the model find it.
             task: `transcribe`, or `translate` into English; None takes the model's settings.
             timestamps: whether to give segments with times.
@@ -94,7 +99,8 @@ class Transcriber(Opened):
             on_text: called as text comes; windows of one sound may come out of order.
 
         Raises:
-            InputError: an empty sound, or a language, task or timestamps that the model lacks.
+            InputError: an empty sound, one of integers or far beyond [-1, 1], or a language, task
+                or timestamps that the model lacks.
         """
         windows = self._windows(sounds)
         texts: list[list[str]] = [[] for _ in sounds]
@@ -130,11 +136,24 @@ class Transcriber(Opened):
     def _windows(self, sounds: Sequence[npt.NDArray[np.floating[Any]]]) -> list[_Window]:
         windows = []
         for index, sound in enumerate(sounds):
-            samples = np.asarray(sound, dtype=np.float32)
+            given = np.asarray(sound)
+            if given.dtype.kind != "f":
+                raise InputError(
+                    f"sound {index} has samples of {given.dtype}, expected floats in [-1, 1]. "
+                    "Divide integers by their full scale, those of 16 bits by 32768."
+                )
+            samples = given.astype(np.float32, copy=False)
             if samples.ndim != 1 or not samples.size:
                 raise InputError(
                     f"sound {index} has the shape {samples.shape}, expected samples [n] of one "
                     "channel."
+                )
+            if not np.isfinite(samples).all():
+                raise InputError(f"sound {index} holds NaN or Inf, expected samples in [-1, 1].")
+            if (peak := float(np.abs(samples).max())) > _LOUDEST:
+                raise InputError(
+                    f"sound {index} reaches {peak:g}, expected samples in [-1, 1]. Divide samples "
+                    "that were integers by their full scale, those of 16 bits by 32768."
                 )
             size = self.speech.window or len(samples)
             windows += [

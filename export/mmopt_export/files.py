@@ -28,6 +28,11 @@ SIGNATURE_NAME = "mmopt.json.sig"
 _MOST_JSON_BYTES = 16 << 20
 _MOST_JSON_DEPTH = 32
 
+# Linux's NAME_MAX and PATH_MAX, the latter without its NUL. Past them the system fails late: only
+# as the finished folder is renamed, where its parents did not exist before.
+_NAME_BYTES = 255
+_PATH_BYTES = 4095
+
 
 def sha256(path: Path) -> str:
     """SHA-256 of a file as 64 hex digits, read in pieces."""
@@ -119,9 +124,10 @@ def require_new_folder(output: Path) -> None:
     """Refuse an output path that would overwrite something.
 
     Raises:
-        InputError: `output` is a file, a link, or a folder with anything in it.
+        InputError: `output` is a file, a link, or a folder with anything in it, or its name is too
+            long.
     """
-    _require_no_link(output)
+    _require_plain_path(output)
     if not output.exists() or _is_empty_folder(output):
         return
     if is_artifact(output):
@@ -178,8 +184,8 @@ def require_output(
         ours: raises InputError for a folder that must not be replaced all the same.
 
     Raises:
-        InputError: `output` exists and may not be replaced, or is, contains or lies within one of
-            `sources`.
+        InputError: `output` exists and may not be replaced, is too long, or is, contains or lies
+            within one of `sources`.
         MmoptError: the file system is read-only, or the user may not write there (exit 3).
     """
     place = output.resolve()
@@ -209,14 +215,22 @@ def require_output(
 
 def _require_free(output: Path, replace: bool, ours: Callable[[Path], None]) -> None:
     """Nothing stands at `output`, an empty folder does, or with `replace` one of ours."""
+    _require_plain_path(output)
     if not replace or not output.is_dir() or _is_empty_folder(output):
         require_new_folder(output)
-        return
-    _require_no_link(output)
-    ours(output)
+    else:
+        ours(output)
 
 
-def _require_no_link(output: Path) -> None:
+def _require_plain_path(output: Path) -> None:
+    """A path that a file system can hold, and no link."""
+    whole = len(os.fsencode(output.absolute()))
+    longest = max(len(os.fsencode(part)) for part in output.absolute().parts)
+    if longest > _NAME_BYTES or whole > _PATH_BYTES:
+        raise InputError(
+            f"the path of the output folder has {whole} bytes and the longest name in it "
+            f"{longest}, expected at most {_PATH_BYTES} and {_NAME_BYTES}. Choose a shorter one."
+        )
     if output.is_symlink():
         raise InputError(
             f"{output} is a symbolic link, expected a folder or nothing. "
@@ -318,7 +332,8 @@ def _make_parents(output: Path) -> list[Path]:
 
 def _scratch(output: Path) -> Path:
     """A new folder on the file system of `output`, so that renaming it there is one step."""
-    return Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    # As much of the name as leaves room for what is added, whatever bytes its letters have.
+    return Path(tempfile.mkdtemp(prefix=f".{output.name[:50]}.", dir=output.parent))
 
 
 @dataclass(frozen=True)

@@ -400,6 +400,33 @@ def test_an_output_below_a_file_is_refused(tmp_path: Path) -> None:
         require_output(tmp_path / "file" / "out")
 
 
+@pytest.mark.parametrize("replace", [False, True])
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("n" * 256, "the longest name in it 256, expected at most 4095 and 255"),
+        ("missing/" + "é" * 128, "the longest name in it 256"),
+        ("n" * 256 + "/out", "the longest name in it 256"),
+        ("/".join(["n" * 99] * 41), r"has \d{4} bytes"),
+    ],
+    ids=["name", "letters-of-two-bytes", "parent", "path"],
+)
+def test_an_output_that_no_file_system_holds_is_refused(
+    tmp_path: Path, name: str, message: str, replace: bool
+) -> None:
+    with pytest.raises(InputError, match=message):
+        require_output(tmp_path / name, replace=replace)
+
+
+def test_the_longest_name_there_is_can_be_written(tmp_path: Path) -> None:
+    """The folder that it is staged in has one of its own."""
+    output = tmp_path / ("é" * 127)
+    require_output(output)
+    with staged_folder(output) as folder:
+        (folder / "a").write_text("x")
+    assert [path.name for path in tmp_path.iterdir()] == [output.name]
+
+
 @pytest.fixture
 def open_folder() -> Iterator[Path]:
     """A folder that every user may reach, which pytest's own are not."""

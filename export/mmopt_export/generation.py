@@ -439,7 +439,8 @@ class Generator:
             self.session.run_with_iobinding(binding)
         except RuntimeError as error:  # what a bound run raises, whatever failed
             longest = int((conversation.lengths + counts).max())
-            message = f"ONNX Runtime failed where a row has {longest} tokens: {one_line(error)}."
+            said = one_line(error).rstrip(".")
+            message = f"ONNX Runtime failed where a row has {longest} tokens: {said}."
             if self.max_length is None:
                 message += (
                     " No max_length was given: if the model's positions end before, pass that of "

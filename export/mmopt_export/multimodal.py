@@ -24,7 +24,7 @@ from mmopt_export.image_layouts import (
 )
 from mmopt_export.manifest import CacheMap
 from mmopt_export.runtime import Runner, Tensors
-from mmopt_export.texts import require_several
+from mmopt_export.texts import require_texts
 from mmopt_kernels.errors import InputError
 
 if TYPE_CHECKING:
@@ -214,7 +214,7 @@ class MultimodalGenerator:
                 tokenizer, an id that is out of range, or more tokens than positions; a string
                 instead of a list of prompts.
         """
-        require_several(prompts, "prompts")
+        require_texts(prompts, "prompts")
         pictures = self._pictures(prompts, images)
         rows = [self._ids(prompt, own) for prompt, own in zip(prompts, pictures, strict=True)]
         return self.continue_ids(
@@ -271,7 +271,7 @@ class MultimodalGenerator:
         Raises:
             InputError: the artifact does not draw, or as for `generate`.
         """
-        require_several(prompts, "prompts")
+        require_texts(prompts, "prompts")
         settings = self.preprocessing.get("drawing")
         if settings is None or IMAGE_DECODER not in self._sessions:
             raise InputError("this model does not draw, expected an artifact of one that does.")

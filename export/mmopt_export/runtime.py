@@ -15,7 +15,7 @@ from mmopt_export.huge_pages import on_huge_pages
 from mmopt_export.integrity import require_integrity
 from mmopt_export.manifest import Manifest, read_manifest
 from mmopt_export.placement import CPU
-from mmopt_export.texts import require_several
+from mmopt_export.texts import require_texts
 from mmopt_export.threads import usable_cores
 from mmopt_kernels.errors import CheckFailedError, InputError, MmoptError, one_line
 
@@ -228,7 +228,7 @@ class Runner:
         Raises:
             InputError: the artifact is not for text, or `texts` is a string.
         """
-        require_several(texts)
+        require_texts(texts)
         if self._tokenizer is None:
             raise InputError(f"{self.path} is for {self.manifest.task} and reads no text.")
         encodings = self._tokenizer.encode_batch(list(texts))
@@ -284,7 +284,7 @@ class Runner:
         Raises:
             InputError: the artifact is not for text, or `texts` is a string.
         """
-        require_several(texts)
+        require_texts(texts)
         order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
         logits = np.empty((len(texts), len(self.manifest.labels)), dtype=np.float32)
         for start in range(0, len(order), batch_size):

@@ -9,8 +9,10 @@ from typing import Any
 from mmopt_kernels.errors import InputError
 
 
-def require_several(texts: Sequence[Any], name: str = "texts") -> None:
-    """Raise InputError for a string where several are taken: each letter would be one.
+def require_texts(texts: Sequence[Any], name: str = "texts") -> None:
+    """Raise InputError for a string where several are taken, of which each letter would be one.
+
+    Likewise for half of a surrogate pair in one of them, which tokenizers take for no text.
 
     Args:
         name: of the argument.
@@ -20,6 +22,20 @@ def require_several(texts: Sequence[Any], name: str = "texts") -> None:
             f"{name} is the string {texts[:40]!r}, expected a list of texts. "
             f"Pass it as {name}=[text]."
         )
+    for index, one in enumerate(texts):
+        if isinstance(one, str) and _is_broken(one):
+            raise InputError(
+                f"{name}[{index}] has half of a surrogate pair, which is no character "
+                f"({json.dumps(one)[:80]})."
+            )
+
+
+def _is_broken(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 @dataclass(frozen=True)
@@ -95,7 +111,7 @@ def string_at(path: Path, number: int, row: Mapping[str, Any], key: str) -> str:
             f'{path}, line {number}: expected an object with a string "{key}", got '
             f"{json.dumps(row, ensure_ascii=False)[:80]}"
         )
-    if not value.isascii() and any("\ud800" <= one <= "\udfff" for one in value):
+    if _is_broken(value):
         raise InputError(
             f'{path}, line {number}: "{key}" has half of a surrogate pair, which is no character '
             f"({json.dumps(value)[:80]})."

@@ -100,11 +100,18 @@ def test_batch_and_length_of_one_and_padding_do_not_change_a_row(fp32: Path) -> 
 
 
 @pytest.mark.parametrize("method", ["classify", "tokenize"])
-def test_a_string_is_no_list_of_texts(fp32: Path, method: str) -> None:
-    with pytest.raises(
-        InputError, match=r"texts is the string 'a graph', expected a list of texts"
-    ):
-        getattr(Runner(fp32), method)("a graph")
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        ("a graph", "texts is the string 'a graph', expected a list of texts"),
+        (["a", "b \ud800"], r"texts\[1\] has half of a surrogate pair"),
+    ],
+)
+def test_what_is_no_list_of_texts_is_bad_input(
+    fp32: Path, method: str, texts: str | list[str], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        getattr(Runner(fp32), method)(texts)
 
 
 def test_texts_longer_than_the_model_are_truncated(fp32: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from mmopt_export.encoder_decoder.seq2seq import ENCODER, Seq2Seq, generation_settings
 from mmopt_export.runtime import Runner
-from mmopt_export.texts import require_several
+from mmopt_export.texts import require_texts
 from mmopt_kernels.errors import InputError
 
 OnText = Callable[[int, str], None]
@@ -69,7 +69,7 @@ class TextGenerator(Opened):
         Raises:
             InputError: `texts` is a string, `first` is no token, or a setting is out of its range.
         """
-        require_several(texts)
+        require_texts(texts)
         rules = self.graphs.rules
         if first is not None:
             rules = replace(rules, forced_bos=self._id(first))

@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mmopt_export.files import SIGNATURE_NAME, sha256
-from mmopt_export.manifest import MANIFEST_NAME, Manifest
+from mmopt_export.manifest import ADAPTER_SUFFIX, MANIFEST_NAME, Manifest
 from mmopt_kernels.errors import CheckFailedError, InputError, one_line
 
 # Weights lie in external data: the largest graph seen, 124M parameters of 12 layers, has 0.3 MB,
@@ -97,7 +97,7 @@ def integrity_errors(folder: Path, manifest: Manifest) -> list[str]:
     Found are: files that are missing, changed, not listed, links (symbolic or hard), no plain
     files, or listed under a name that leaves the folder; graphs that are no ONNX, that refer to
     files which the manifest does not list, or whose tensors claim more or other bytes than they
-    have; components whose graph is not among the files.
+    have; components whose graph, and adapters whose values, are not among the files.
     """
     errors, present = _walk(folder)
     listed = {MANIFEST_NAME, SIGNATURE_NAME, *manifest.files}
@@ -127,6 +127,15 @@ def integrity_errors(folder: Path, manifest: Manifest) -> list[str]:
             errors.append(
                 f"the component {name} has the graph {file!r}, expected a listed .onnx file"
             )
+    for adapter, files in manifest.adapters.items():
+        for name, file in files.items():
+            if name not in manifest.components:
+                errors.append(f"the adapter {adapter} is for {name!r}, which is no graph here")
+            if file not in manifest.files or not file.endswith(ADAPTER_SUFFIX):
+                errors.append(
+                    f"the adapter {adapter} has the file {file!r} for {name}, expected a listed "
+                    f"{ADAPTER_SUFFIX} file"
+                )
     for name in sound:
         if name.endswith(".onnx"):
             errors += [f"{name}: {error}" for error in graph_errors(folder, name, sound)]

@@ -13,6 +13,7 @@ from mmopt_export.files import ARTIFACT_MARKER, read_json, sha256
 from mmopt_kernels.errors import InputError
 
 MANIFEST_NAME = ARTIFACT_MARKER
+ADAPTER_SUFFIX = ".onnx_adapter"
 SCHEMA_VERSION = 2
 PRECISIONS = ("fp32", "bf16", "fp16", "int8", "int4")
 """What a graph can have, from wide to narrow."""
@@ -232,6 +233,10 @@ def _parse(document: Mapping[str, Any]) -> Manifest:
                 dtype=str(cache["dtype"]),
             )
             for name, cache in document["caches"].items()
+        },
+        "adapters": {
+            name: {component: str(file) for component, file in files.items()}
+            for name, files in document["adapters"].items()
         },
         "labels": tuple(document["labels"]),
         "source": Source(**{**source, "adapters": tuple(source["adapters"])}),

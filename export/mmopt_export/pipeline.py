@@ -13,7 +13,7 @@ import onnx_ir
 import torch
 from rich.console import Group, RenderableType
 
-from mmopt_export.adapters.files import SUFFIX, write_adapter
+from mmopt_export.adapters.files import write_adapter
 from mmopt_export.adapters.spec import AdapterSpec
 from mmopt_export.adapters.swap import swap_layers, swappable
 from mmopt_export.card import write_card
@@ -21,7 +21,14 @@ from mmopt_export.checkpoint import Checkpoint, load_checkpoint
 from mmopt_export.files import require_output, require_space, staged_folder
 from mmopt_export.finishing import FULL, TracedGraph, finish, recipes_of, width_of
 from mmopt_export.graph import trace
-from mmopt_export.manifest import PRECISIONS, FileRecord, Manifest, Source, record_files
+from mmopt_export.manifest import (
+    ADAPTER_SUFFIX,
+    PRECISIONS,
+    FileRecord,
+    Manifest,
+    Source,
+    record_files,
+)
 from mmopt_export.parity import StageParity, parity_table, stored_samples, write_parity
 from mmopt_export.parts import Part, Proof
 from mmopt_export.placement import CPU, Placement
@@ -404,7 +411,7 @@ def _write_adapters(
     written: dict[str, dict[str, str]] = {}
     for adapter in checkpoint.swap.adapters:
         for part in adapted:
-            name = f"{adapter.name}{SUFFIX}"
+            name = f"{adapter.name}{ADAPTER_SUFFIX}"
             file = Path("adapters", *(() if len(parts) == 1 else (part.name,)), name)
             write_adapter(folder / file, checkpoint.swap.arrays(part.module, adapter))
             written.setdefault(adapter.name, {})[part.name] = file.as_posix()

@@ -459,6 +459,29 @@ def test_a_component_must_be_a_listed_onnx_file(tiny: Path, file: str) -> None:
 
 
 @pytest.mark.usefixtures("no_session")
+@pytest.mark.parametrize(
+    ("adapters", "fault"),
+    [
+        ({"model": "../outside/evil.onnx_adapter"}, r"'\.\./outside/evil\.onnx_adapter' for model"),
+        ({"model": "/etc/evil.onnx_adapter"}, "'/etc/evil.onnx_adapter' for model"),
+        ({"model": "adapters/absent.onnx_adapter"}, "'adapters/absent.onnx_adapter' for model"),
+        ({"model": "model.onnx.data"}, "'model.onnx.data' for model"),
+        ({"text": "a.onnx_adapter"}, "is for 'text', which is no graph here"),
+    ],
+    ids=["outside", "absolute", "absent", "another-kind", "no-graph"],
+)
+def test_an_adapter_must_be_a_listed_adapter_file_of_a_graph(
+    tiny: Path, adapters: dict[str, str], fault: str
+) -> None:
+    (tiny.parent / "outside").mkdir()
+    (tiny.parent / "outside" / "evil.onnx_adapter").write_bytes(b"x")
+    edit_manifest(tiny, lambda document: document.update(adapters={"first": adapters}))
+    for check in (verify, Runner):
+        with pytest.raises(CheckFailedError, match=rf"the adapter first .*{fault}"):
+            check(tiny)
+
+
+@pytest.mark.usefixtures("no_session")
 def test_a_file_that_is_no_graph_is_not_opened(tiny: Path) -> None:
     for content in (b"not a model", b"\x3a\xff\xff\xff\xff\x0f"):
         (tiny / "model.onnx").write_bytes(content)
@@ -537,6 +560,7 @@ def test_a_manifest_that_is_damaged_or_meant_to_hurt_is_refused(
         ("components", [1]),
         ("max_length", "x"),
         ("max_length", 0),
+        ("adapters", {"a": ["x"]}),
     ],
 )
 def test_a_manifest_whose_values_mean_nothing_is_damaged(

@@ -10,7 +10,6 @@ import numpy.typing as npt
 from mmopt_export.runtime import Tensors, runtime_errors
 from mmopt_kernels.errors import InputError
 
-SUFFIX = ".onnx_adapter"
 A_SUFFIX = "_lora_a"
 B_SUFFIX = "_lora_b"
 """Graph inputs of a target layer: A `[in, rank]` and B `[rank, out]`, the scale folded into B."""

@@ -25,7 +25,14 @@ from rich.console import RenderableType
 
 from mmopt_export.files import require_output, require_space, staged_folders
 from mmopt_export.integrity import external_files, read_graph, require_integrity
-from mmopt_export.manifest import MANIFEST_NAME, Component, Manifest, TensorSpec, read_manifest
+from mmopt_export.manifest import (
+    ADAPTER_SUFFIX,
+    MANIFEST_NAME,
+    Component,
+    Manifest,
+    TensorSpec,
+    read_manifest,
+)
 from mmopt_export.parity import PARITY_NAME, SAMPLES_NAME
 from mmopt_export.placement import CPU, CUDA
 from mmopt_export.runtime import require_proven
@@ -276,7 +283,7 @@ def _copy_graph(artifact: Path, graph: Component, proto: Any, folder: Path) -> s
 def _copy_client(artifact: Path, manifest: Manifest, used: set[str], folder: Path) -> None:
     """Copy what is neither a graph nor a proof of it: the tokenizer's and processor's files."""
     for name in sorted(manifest.files.keys() - used - {PARITY_NAME, SAMPLES_NAME, _README}):
-        if name.endswith(".onnx_adapter"):
+        if name.endswith(ADAPTER_SUFFIX):
             continue
         place = folder / name
         place.parent.mkdir(parents=True, exist_ok=True)

@@ -45,8 +45,9 @@ class Checkpoint:
         source: the model as the caller named it.
         base_sha256: over the base's weight files.
         adapters: the adapters' folders, in the order given.
-        records: for the manifest, one per merged adapter: `path`, `sha256`, `method`, `weight`,
-            `scale` by module, and `whole`, the base's parameters that it replaces.
+        records: for the manifest, one per adapter that is not attached: `path`, `sha256`, `method`,
+            `weight` and `scale` by module; of a merged one `whole`, the base's parameters that it
+            replaces, and of a swapped one `name` and `rank`.
         quantized: what the base was dequantized from, such as `{"method": "nf4", "blocksize": 64,
             "double": True, "dtype": "bfloat16", "weights": 14}`; None for a base that was not.
         warnings: what the caller should tell the user.
@@ -141,6 +142,7 @@ def load_checkpoint(
         else:
             swap = make_swappable(base, pairs)
             loaded, provided, new = swap.model, set[str](), swap.warnings
+            records = tuple(adapter.record for adapter in swap.adapters)
         others = (_other_base(folder, model, base_folder) for folder in folders)
         notes = [*notes, *new, *(note for note in others if note is not None)]
         missing = [name for name in missing if name not in provided]

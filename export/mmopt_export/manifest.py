@@ -84,7 +84,7 @@ class Source:
     Attributes:
         base: the model as the user named it.
         base_sha256: over the base's weight files.
-        adapters: for each merged adapter its path, its hash, and its scale per module.
+        adapters: for each adapter its path, its hash, its weight and its scale per module.
         quantized: how the base's weights were stored, when they were dequantized to be merged onto
             and exported; None for plain ones.
     """

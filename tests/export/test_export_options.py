@@ -14,7 +14,16 @@ import torch
 from peft import LoraConfig
 
 import mmopt_export.pipeline
-from mmopt_export import Generator, Runner, export, load_checkpoint, read_manifest, verify
+from mmopt_export import (
+    AdapterSpec,
+    Generator,
+    Runner,
+    export,
+    load_checkpoint,
+    read_manifest,
+    verify,
+)
+from mmopt_export.checkpoint import weights_sha256
 from mmopt_export.files import same_artifact
 from mmopt_export.parity import GENERATED, read_samples, write_parity
 from mmopt_export.quantization import blockwise, read_options
@@ -160,18 +169,27 @@ def test_the_decoder_is_let_go_before_its_graph_is_opened(again: tuple[Path, lis
 
 
 def test_adapters_are_chosen_per_run_over_a_4_bit_base(llama: Path, tmp_path: Path) -> None:
-    adapters = [save_lora(llama, tmp_path / name, rank=rank) for name, rank in (("a", 2), ("b", 5))]
+    a, b = (save_lora(llama, tmp_path / name, rank=rank) for name, rank in (("a", 2), ("b", 5)))
     # int4 of random weights is far from them: the adapters are what is looked at.
     export(
         str(llama),
         tmp_path / "out",
-        adapters=[str(one) for one in adapters],
+        adapters=[str(a), AdapterSpec(str(b), 0.5)],
         swap=True,
         precision="int4",
         allow_drift=True,
     )
     runner = Runner(tmp_path / "out")
     assert runner.adapters().names == ("a", "b")
+    recorded = [
+        (record["name"], record["path"], record["sha256"], record["weight"], record["rank"])
+        for record in runner.manifest.source.adapters
+    ]
+    assert recorded == [
+        ("a", str(a), weights_sha256(a), 1.0, 2),
+        ("b", str(b), weights_sha256(b), 0.5, 5),
+    ]
+    assert f"- adapter: {b}" in (tmp_path / "out" / "README.md").read_text()
     ops = {node.op_type for node in onnx.load(tmp_path / "out" / "model.onnx").graph.node}
     assert "MatMulNBits" in ops
     answers = [generated(runner, name) for name in (None, "a", "b")]

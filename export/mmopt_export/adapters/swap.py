@@ -97,7 +97,7 @@ class SwapAdapter:
         name: what a run asks for: the last part of its path.
         arrays: fp32, by graph input; layers that it does not change are absent.
         rank: the largest of its layers'.
-        record: for the manifest: `path`, `sha256`, `weight`, `scale` by module, `rank`.
+        record: for the manifest, as `Checkpoint.records` has it.
         warnings: for the user.
     """
 
@@ -329,8 +329,10 @@ def _take(
         arrays=arrays,
         rank=max(ranks),
         record={
+            "name": name,
             "path": str(folder),
             "sha256": weights_sha256(folder),
+            "method": attached.method,
             "weight": spec.weight,
             "scale": scales,
             "rank": max(ranks),

@@ -15,9 +15,9 @@ from rich.console import Group, RenderableType
 
 from mmopt_export.adapters.files import write_adapter
 from mmopt_export.adapters.spec import AdapterSpec
-from mmopt_export.adapters.swap import swap_layers, swappable
+from mmopt_export.adapters.swap import Swap, SwapLinear, swappable
 from mmopt_export.card import write_card
-from mmopt_export.checkpoint import Checkpoint, load_checkpoint
+from mmopt_export.checkpoint import load_checkpoint
 from mmopt_export.files import require_output, require_space, staged_folder
 from mmopt_export.finishing import FULL, TracedGraph, finish, recipes_of, width_of
 from mmopt_export.graph import trace
@@ -30,7 +30,7 @@ from mmopt_export.manifest import (
     record_files,
 )
 from mmopt_export.parity import StageParity, parity_table, stored_samples, write_parity
-from mmopt_export.parts import Part, Proof
+from mmopt_export.parts import Proof
 from mmopt_export.placement import CPU, Placement
 from mmopt_export.progress import Progress, silent
 from mmopt_export.providers import AUTO, Target, get_target
@@ -331,6 +331,7 @@ def _trace(
     require_heeded(
         options, [one for name in kinds for one in recipes_of(target, kinds[name], widths[name])]
     )
+    swap_layers = checkpoint.swap.layers(plan.parts) if checkpoint.swap is not None else {}
     weight_bytes = sum(p.numel() * p.element_size() for p in checkpoint.model.parameters())
     # The fp32 graph, the copy that quantization prepares from it, and the quantized graph.
     require_space(folder, 3 * weight_bytes + (16 << 20))
@@ -342,8 +343,9 @@ def _trace(
     opset: dict[str, int] = {}
     for part in plan.parts:
         label = "" if alone else f" {part.name}"
-        if swapped := checkpoint.swap is not None and bool(swap_layers(part.module)):
-            part = swappable(part, checkpoint.swap)
+        swapped = bool(swap_layers.get(part.name))
+        if checkpoint.swap is not None:
+            part = swappable(part, checkpoint.swap, swap_layers[part.name])
         with progress(f"trace{label}", None):
             graph = trace(part, target=target.name)
             if target.name == "cpu" and part.tracer is None:
@@ -373,7 +375,9 @@ def _trace(
             )
         )
     proof = plan.proof() if plan.proof is not None else None
-    adapter_files = _write_adapters(folder, checkpoint, plan.parts)
+    adapter_files = {}
+    if checkpoint.swap is not None:
+        adapter_files = _write_adapters(folder, checkpoint.swap, swap_layers)
     _let_go(checkpoint.model)
     return _Traced(
         task=plan.task,
@@ -400,19 +404,18 @@ def _let_go(model: torch.nn.Module) -> None:
 
 
 def _write_adapters(
-    folder: Path, checkpoint: Checkpoint, parts: Sequence[Part]
+    folder: Path, swap: Swap, layers: Mapping[str, Sequence[SwapLinear]]
 ) -> dict[str, dict[str, str]]:
-    """Write `.onnx_adapter` files; by adapter and graph, the file."""
-    if checkpoint.swap is None:
-        return {}
-    adapted = [part for part in parts if swap_layers(part.module)]
-    if not adapted:
-        raise InputError("no layer that the adapters change is in a graph of this artifact.")
+    """Write `.onnx_adapter` files; by adapter and graph, the file.
+
+    Args:
+        layers: by graph those that take adapters.
+    """
     written: dict[str, dict[str, str]] = {}
-    for adapter in checkpoint.swap.adapters:
-        for part in adapted:
+    for adapter in swap.adapters:
+        for graph in filter(layers.get, layers):
             name = f"{adapter.name}{ADAPTER_SUFFIX}"
-            file = Path("adapters", *(() if len(parts) == 1 else (part.name,)), name)
-            write_adapter(folder / file, checkpoint.swap.arrays(part.module, adapter))
-            written.setdefault(adapter.name, {})[part.name] = file.as_posix()
+            file = Path("adapters", *(() if len(layers) == 1 else (graph,)), name)
+            write_adapter(folder / file, swap.arrays(layers[graph], adapter))
+            written.setdefault(adapter.name, {})[graph] = file.as_posix()
     return written

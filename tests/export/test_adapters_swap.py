@@ -5,7 +5,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,11 @@ from mmopt_export.adapters.swap import (
     Swap,
     SwapLinear,
     add_defaults,
-    bind,
-    swap_inputs,
     swap_layers,
     swappable,
 )
 from mmopt_export.checkpoint import load_checkpoint
-from mmopt_export.decoder.part import Extra, decoder_part
+from mmopt_export.decoder.part import decoder_part
 from mmopt_export.decoder.tracing import trace_decoder
 from mmopt_export.graph import trace
 from mmopt_export.parts import Outputs, Part
@@ -73,6 +71,10 @@ def text_part(model: Any) -> Part:
     )
 
 
+def with_adapters(part: Part, swap: Swap) -> Part:
+    return swappable(part, swap, swap.layers([part])[part.name])
+
+
 @dataclass(frozen=True)
 class Exported:
     """A swappable graph on disk, the folders that it came from, and its adapters' files."""
@@ -90,7 +92,7 @@ def export(base: Path, folders: dict[str, Path], output: Path) -> Exported:
         str(base), adapters=[str(folder) for folder in folders.values()], adapt="swap"
     )
     assert checkpoint.swap is not None
-    part = swappable(text_part(checkpoint.model), checkpoint.swap)
+    part = with_adapters(text_part(checkpoint.model), checkpoint.swap)
     output.mkdir()
     graph = output / "model.onnx"
     onnx_ir.save(trace(part, target="cpu"), graph, external_data="model.onnx.data")
@@ -257,14 +259,16 @@ def test_each_adapter_is_sampled_even_where_there_are_few_samples(llama: Exporte
     few = Part(**(vars(part) | {"samples": lambda: [("text", {"input_ids": IDS})]}))
     ranks = [
         feeds["model_layers_0_self_attn_q_proj_lora_a"].shape[1]
-        for _, feeds in swappable(few, llama.swap).samples()
+        for _, feeds in with_adapters(few, llama.swap).samples()
     ]
     assert ranks == [0, 4, 8, 2]
 
 
 def test_a_part_without_target_layers_is_left_as_it_is(llama: Exported) -> None:
     part = Part(**(vars(text_part(llama.swap.model)) | {"module": torch.nn.Identity()}))
-    assert swappable(part, llama.swap) is part
+    assert swappable(part, llama.swap, []) is part
+    with pytest.raises(InputError, match="no layer that the adapter four changes is in a graph"):
+        llama.swap.layers([part])
 
 
 def test_weights_are_folded_into_the_adapter(llama: Exported) -> None:
@@ -317,10 +321,7 @@ def test_adapters_run_over_an_int4_base(llama: Exported, tmp_path: Path) -> None
 @pytest.mark.slow
 def test_a_decoder_takes_adapters_through_its_extra_inputs(llama: Exported, tmp_path: Path) -> None:
     model = llama.swap.model
-    inputs, axes = swap_inputs(model)
-    part = swappable(
-        decoder_part(model, extra=Extra(inputs, axes, partial(bind, model))), llama.swap
-    )
+    part = with_adapters(decoder_part(model), llama.swap)
     graph = tmp_path / "model.onnx"
     onnx_ir.save(trace_decoder(part, "cpu"), graph)
     add_defaults(graph)

@@ -6,11 +6,12 @@ may differ from layer to layer and from adapter to adapter, and rank 0 is no ada
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import onnx
@@ -25,9 +26,12 @@ from mmopt_export.adapters.fit import PREFIX, BaseFacts, base_name, read_config,
 from mmopt_export.adapters.merge import require_mergeable
 from mmopt_export.adapters.spec import AdapterSpec
 from mmopt_export.checkpoint import weights_sha256
+from mmopt_export.decoder.part import Extra, LoweredDecoder
 from mmopt_export.parts import Part, Samples
 from mmopt_export.runtime import Tensors
 from mmopt_kernels.errors import InputError
+
+V = TypeVar("V")
 
 # The rank of what is traced: more than 1, which torch.export would take for a constant.
 _EXAMPLE_RANK = 3
@@ -125,11 +129,29 @@ class Swap:
         """Those of all adapters."""
         return tuple(note for adapter in self.adapters for note in adapter.warnings)
 
-    def arrays(self, module: nn.Module, adapter: SwapAdapter | None) -> Tensors:
-        """Every adapter input of a module, with an adapter's values; rank 0 where it has none."""
+    def layers(self, parts: Sequence[Part]) -> dict[str, list[SwapLinear]]:
+        """By part the layers that take adapters and that its graph runs.
+
+        A part holds the whole model and may run some of it: one of two towers, say.
+
+        Raises:
+            InputError: an adapter that would do nothing.
+        """
+        layers = {part.name: _layers_run(part) for part in parts}
+        run = {layer.key + A_SUFFIX for found in layers.values() for layer in found}
+        for adapter in self.adapters:
+            if run.isdisjoint(adapter.arrays):
+                raise InputError(
+                    f"no layer that the adapter {adapter.name} changes is in a graph of this "
+                    f"artifact, which has {', '.join(layers)}. Leave the adapter out."
+                )
+        return layers
+
+    def arrays(self, layers: Iterable[SwapLinear], adapter: SwapAdapter | None) -> Tensors:
+        """Every adapter input of layers, with an adapter's values; rank 0 where it has none."""
         given = adapter.arrays if adapter is not None else {}
         arrays: Tensors = {}
-        for layer in swap_layers(module):
+        for layer in layers:
             for key, shape in (
                 (layer.key + A_SUFFIX, (layer.in_features, 0)),
                 (layer.key + B_SUFFIX, (0, layer.out_features)),
@@ -172,24 +194,26 @@ def swap_layers(module: nn.Module) -> list[SwapLinear]:
 
 
 @contextmanager
-def bind(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
-    """Have the layers of `module` use these adapter inputs; a layer without any is its base.
+def bind(layers: Iterable[SwapLinear], values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Have layers use these adapter inputs; a layer without any is its base.
 
     Args:
         values: by graph input, as `Swap.arrays` names them.
     """
-    layers = [layer for layer in swap_layers(module) if layer.key + A_SUFFIX in values]
-    for layer in layers:
+    given = [layer for layer in layers if layer.key + A_SUFFIX in values]
+    for layer in given:
         layer.bound = values[layer.key + A_SUFFIX], values[layer.key + B_SUFFIX]
     try:
         yield
     finally:
-        for layer in layers:
+        for layer in given:
             layer.bound = None
 
 
-def swap_inputs(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, dict[int, str]]]:
-    """Examples to trace with of a module's adapter inputs, and their symbolic dimensions.
+def swap_inputs(
+    layers: Iterable[SwapLinear],
+) -> tuple[dict[str, Tensor], dict[str, dict[int, str]]]:
+    """Examples to trace with of the adapter inputs of layers, and their symbolic dimensions.
 
     Each layer's rank is a symbol of its own: ONNX Runtime lets values whose symbols are equal
     share memory, and ranks of one adapter may differ.
@@ -197,7 +221,7 @@ def swap_inputs(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, dict[in
     inputs: dict[str, Tensor] = {}
     axes: dict[str, dict[int, str]] = {}
     generator = torch.Generator().manual_seed(0)
-    for number, layer in enumerate(swap_layers(module)):
+    for number, layer in enumerate(layers):
         a, b = layer.key + A_SUFFIX, layer.key + B_SUFFIX
         inputs[a] = torch.randn(layer.in_features, _EXAMPLE_RANK, generator=generator)
         inputs[b] = torch.randn(_EXAMPLE_RANK, layer.out_features, generator=generator)
@@ -205,26 +229,35 @@ def swap_inputs(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, dict[in
     return inputs, axes
 
 
-def swappable(part: Part, swap: Swap) -> Part:
-    """The part with the adapters of its layers as further inputs, after its own.
+def swappable(part: Part, swap: Swap, layers: Sequence[SwapLinear]) -> Part:
+    """The part with the adapters of `layers`, of `Swap.layers`, as further inputs after its own.
 
-    Its samples go round with no adapter, the first, the second and so on, each at least once. A
-    part that has the inputs already (a decoder's, through its `Extra`) is given samples alone, and
-    one without target layers is returned as it is.
+    Its samples go round with no adapter, the first, the second and so on, each at least once.
+    Without layers it is returned as it is.
     """
-    inputs, axes = swap_inputs(part.module)
-    if not inputs:
+    if not layers:
         return part
-    samples = _samples(part.samples, swap, part.module)
-    if inputs.keys() <= part.inputs.keys():
-        return replace(part, samples=samples)
+    inputs, axes = swap_inputs(layers)
+    lowered: nn.Module
+    if isinstance(part.lowered, LoweredDecoder):
+        lowered = part.lowered.with_extra(Extra(inputs, axes, partial(bind, layers)))
+    else:
+        lowered = Bound(part.lowered if part.lowered is not None else part.module, layers)
+
+    def reference(feeds: Tensors) -> Tensors:
+        own, given = _apart(feeds)
+        with bind(layers, {name: torch.from_numpy(value) for name, value in given.items()}):
+            return part.expect(own)
+
     return replace(
         part,
-        module=_Bound(part.module, part.module),
-        lowered=None if part.lowered is None else _Bound(part.lowered, part.module),
+        lowered=lowered,
         inputs=part.inputs | inputs,
         axes=part.axes | axes,
-        samples=samples,
+        samples=_samples(
+            part.samples, [swap.arrays(layers, one) for one in (None, *swap.adapters)]
+        ),
+        reference=reference,
     )
 
 
@@ -247,28 +280,56 @@ def add_defaults(model: Path) -> None:
     onnx.save(proto, model)
 
 
-class _Bound(nn.Module):
-    """A part's module that takes the adapter inputs of `layers` beside its own."""
+class Bound(nn.Module):
+    """A module that takes the adapter inputs of `layers` beside its own."""
 
-    def __init__(self, module: nn.Module, layers: nn.Module) -> None:
+    def __init__(self, module: nn.Module, layers: Sequence[SwapLinear]) -> None:
         super().__init__()
         self.module = module
-        # Not a child: it may be the same model, whose parameters would then have two names.
-        self._layers = (layers,)
+        # No children: they are the module's already, whose parameters would then have two names.
+        self._layers = tuple(layers)
+
+    def around(self, module: nn.Module) -> "Bound":
+        """The same inputs beside those of another module that runs the layers."""
+        return Bound(module, self._layers)
 
     def forward(self, **inputs: Tensor) -> Any:
         """What the module gives, each layer with the adapter that was passed for it."""
-        (layers,) = self._layers
-        own = {
-            key: value for key, value in inputs.items() if not key.endswith((A_SUFFIX, B_SUFFIX))
-        }
-        with bind(layers, inputs):
+        own, given = _apart(inputs)
+        with bind(self._layers, given):
             return self.module(**own)
 
 
-def _samples(samples: Samples, swap: Swap, module: nn.Module) -> Samples:
-    choices = [swap.arrays(module, adapter) for adapter in (None, *swap.adapters)]
+def _apart(inputs: Mapping[str, V]) -> tuple[dict[str, V], dict[str, V]]:
+    """Inputs that are a part's own, and those of adapters."""
+    own: dict[str, V] = {}
+    given: dict[str, V] = {}
+    for name, value in inputs.items():
+        (given if name.endswith((A_SUFFIX, B_SUFFIX)) else own)[name] = value
+    return own, given
 
+
+def _layers_run(part: Part) -> list[SwapLinear]:
+    """The layers of a part that take adapters and that it runs, in the order of its module."""
+    layers = swap_layers(part.module)
+    if not layers:
+        return []
+    run: set[nn.Module] = set()
+    handles = [layer.register_forward_hook(lambda layer, *_: run.add(layer)) for layer in layers]
+    try:
+        if part.lowered is None or isinstance(part.lowered, LoweredDecoder):
+            # A lowered decoder is traced with inputs of its own.
+            part.expect({name: value.numpy() for name, value in part.inputs.items()})
+        else:
+            with torch.no_grad():
+                part.lowered(**part.inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [layer for layer in layers if layer in run]
+
+
+def _samples(samples: Samples, choices: Sequence[Tensors]) -> Samples:
     def each() -> Iterator[Any]:
         last: Any = None
         used = 0

@@ -1,6 +1,7 @@
 """A decoder as a Part: its inputs and outputs, the eager oracle, and the batches of parity."""
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -64,6 +65,16 @@ class Extra:
     bind: Callable[[Mapping[str, Tensor]], AbstractContextManager[Any]] = lambda _: (
         contextlib.nullcontext()
     )
+
+    def __or__(self, other: "Extra") -> "Extra":
+        """Both, the inputs of `other` last."""
+
+        @contextlib.contextmanager
+        def bind(inputs: Mapping[str, Tensor]) -> Iterator[None]:
+            with self.bind(inputs), other.bind(inputs):
+                yield
+
+        return Extra({**self.inputs, **other.inputs}, {**self.axes, **other.axes}, bind)
 
 
 class EagerDecoder(nn.Module):
@@ -131,6 +142,12 @@ class LoweredDecoder(nn.Module):
         self.found = found
         self.positions = positions
         self.extra = extra
+
+    def with_extra(self, extra: Extra) -> "LoweredDecoder":
+        """The same with further inputs, after those that it has."""
+        other = copy.copy(self)
+        other.extra = self.extra | extra
+        return other
 
     def forward(
         self,

@@ -6,6 +6,7 @@ from dataclasses import replace
 import onnx_ir
 from torch import Tensor, nn
 
+from mmopt_export.adapters.swap import Bound
 from mmopt_export.encoder_decoder.lowering import Role
 from mmopt_export.encoder_decoder.modules import LoweredDecoder, LoweredEncoder
 from mmopt_export.encoder_decoder.survey import Survey
@@ -25,15 +26,17 @@ def trace_part(part: Part, target: str) -> onnx_ir.Model:
     Raises:
         MmoptError: the exporter failed (exit 3).
     """
-    assert isinstance(part.lowered, (LoweredEncoder, LoweredDecoder))
-    lowered = copy.copy(part.lowered)
+    bound = part.lowered if isinstance(part.lowered, Bound) else None
+    given = part.lowered if bound is None else bound.module
+    assert isinstance(given, (LoweredEncoder, LoweredDecoder))
+    lowered = copy.copy(given)
     lowered.plain = _plain_roles(lowered.found, target)
     names = {name.replace(".", "__"): name for name in part.inputs}
     safe = replace(
         part,
         inputs={name: part.inputs[original] for name, original in names.items()},
         axes={name: part.axes[original] for name, original in names.items()},
-        lowered=_Renamed(lowered, names),
+        lowered=_Renamed(lowered if bound is None else bound.around(lowered), names),
         tracer=None,
     )
     graph = trace(safe, target=target)

@@ -1,14 +1,12 @@
 """Causal language models: one graph for the prompt and every token after it."""
 
 import dataclasses
-import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mmopt_export.adapters.swap import bind, swap_inputs
 from mmopt_export.caches import pasts
 from mmopt_export.checkpoint import Checkpoint
 from mmopt_export.decoder import genai
@@ -18,7 +16,6 @@ from mmopt_export.decoder.part import (
     LOGITS,
     MASK,
     SAMPLE_CAPACITY,
-    Extra,
     cache_map,
     decoder_part,
 )
@@ -43,11 +40,7 @@ def plan(checkpoint: Checkpoint, calibration: Path | None) -> Plan:
     """
     model, tokenizer = checkpoint.model, checkpoint.tokenizer
     text.require_tokenizer(model, tokenizer, padding=False)
-    extra = None
-    if checkpoint.swap is not None:
-        inputs, axes = swap_inputs(model)
-        extra = Extra(inputs, axes, functools.partial(bind, model))
-    part = decoder_part(model, name=MODEL, extra=extra)
+    part = decoder_part(model, name=MODEL)
     longest = part.limits.get("total")
     kept = _PROMPT_TOKENS if longest is None else min(_PROMPT_TOKENS, longest)
     prompts = [
@@ -69,7 +62,11 @@ def plan(checkpoint: Checkpoint, calibration: Path | None) -> Plan:
 
     def write_for(folder: Path, provider: str) -> None:
         # For onnxruntime-genai, where it knows the architecture; an adapter is an input it has not.
-        if genai.supports(model.config) and config.eos_token_id is not None and extra is None:
+        if (
+            checkpoint.swap is None
+            and genai.supports(model.config)
+            and config.eos_token_id is not None
+        ):
             genai.write_genai_config(
                 folder, model.config, cache_map(part), provider=provider, generation=config
             )

@@ -1,0 +1,112 @@
+"""Adapters as inputs of artifacts of several graphs: each graph takes those of the layers it runs."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig
+
+from mmopt_export import Runner, export, verify
+from peft_oracle import unmerged
+from tests.support import tiny_vlm
+from tiny_adapters import save_peft
+from tiny_encoders import save_dual_encoder
+from tiny_seq2seq import save_seq2seq
+
+pytest.importorskip("PIL", reason="image processors need Pillow")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_threads(one_thread: None) -> None:
+    """Tiny models: a second thread only waits."""
+
+
+def test_two_towers_take_the_adapters_of_their_own_layers(tmp_path: Path) -> None:
+    """One adapter changes both, the other the text tower alone; held against PEFT's own model."""
+    model = save_dual_encoder(tmp_path / "model", "CLIP")
+    folders = [
+        save_peft(model, tmp_path / name, LoraConfig(target_modules=targets), seed=seed)
+        for seed, (name, targets) in enumerate({"both": ["v_proj"], "text": "text.*q_proj"}.items())
+    ]
+    output = tmp_path / "out"
+    report = export(str(model), output, adapters=list(map(str, folders)), swap=True)
+    assert report.exit_code == 0
+    runner = Runner(output)
+    assert runner.manifest.adapters == {
+        name: {graph: f"adapters/{graph}/{name}.onnx_adapter" for graph in ("text", "vision")}
+        for name in ("both", "text")
+    }
+    ids = runner.tokenize(["the sum of two numbers"], "text")
+    pixels = runner.manifest.components["vision"].inputs[0]
+    images = np.random.default_rng(0).standard_normal((2, *pixels.shape[1:])).astype(np.float32)
+    for folder in folders:
+        oracle = unmerged(model, folder).get_base_model()
+        with torch.no_grad():
+            outputs = oracle(
+                pixel_values=torch.from_numpy(images).double(),
+                **{name: torch.from_numpy(value) for name, value in ids.items()},
+            )
+        for graph, feeds, expected in (
+            ("text", ids, outputs.text_embeds),
+            ("vision", {"pixel_values": images}, outputs.image_embeds),
+        ):
+            found = runner.run(feeds, graph, adapter=folder.name)["embeddings"]
+            np.testing.assert_allclose(found, expected.numpy(), atol=1e-5)
+            plain = runner.run(feeds, graph)["embeddings"]
+            changed = (folder.name, graph) != ("text", "vision")
+            assert (np.abs(found - plain).max() > 1e-3) == changed
+
+
+def t5(folder: Path) -> Any:
+    return save_seq2seq(folder, "t5")
+
+
+def whisper(folder: Path) -> Any:
+    return save_seq2seq(folder, "whisper")
+
+
+def smolvlm(folder: Path) -> Any:
+    return tiny_vlm.save("smolvlm", folder)
+
+
+def qwen(folder: Path) -> Any:
+    """Positions are an input of its decoder already."""
+    return tiny_vlm.save("qwen2.5-vl", folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("save", "targets", "graphs"),
+    [
+        (t5, ["q", "v"], ("decoder", "encoder")),
+        (t5, r"encoder.*\.q", ("encoder",)),
+        (whisper, ["q_proj", "v_proj"], ("decoder", "encoder")),
+        (smolvlm, ["q_proj"], ("decoder", "vision")),
+        (smolvlm, "model.vision_model.*q_proj", ("vision",)),
+        (qwen, ["qkv", "q_proj"], ("decoder", "vision")),
+    ],
+    ids=["t5", "t5-encoder", "whisper", "smolvlm", "smolvlm-vision", "qwen"],
+)
+def test_graphs_take_the_adapters_of_the_layers_they_run(
+    save: Callable[[Path], Any], targets: Any, graphs: tuple[str, ...], tmp_path: Path
+) -> None:
+    """Every graph is held against PyTorch without the adapter and with it."""
+    save(tmp_path / "model")
+    adapter = save_peft(tmp_path / "model", tmp_path / "a", LoraConfig(target_modules=targets))
+    report = export(
+        str(tmp_path / "model"),
+        tmp_path / "out",
+        adapters=[str(adapter)],
+        swap=True,
+        precision="fp32",
+    )
+    assert report.exit_code == 0
+    assert verify(tmp_path / "out").exit_code == 0
+    manifest = Runner(tmp_path / "out").manifest
+    assert tuple(sorted(manifest.adapters["a"])) == graphs
+    for name, component in manifest.components.items():
+        taken = [spec.name for spec in component.inputs if "_lora_" in spec.name]
+        assert bool(taken) == (name in graphs)

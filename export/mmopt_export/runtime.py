@@ -14,7 +14,7 @@ from packaging.version import Version
 from mmopt_export.huge_pages import on_huge_pages
 from mmopt_export.integrity import require_integrity
 from mmopt_export.manifest import Manifest, read_manifest
-from mmopt_export.placement import CPU
+from mmopt_export.placement import CPU, CUDA
 from mmopt_export.texts import require_texts
 from mmopt_export.threads import usable_cores
 from mmopt_kernels.errors import CheckFailedError, InputError, MmoptError, one_line
@@ -253,7 +253,8 @@ class Runner:
                 for name, parts in self.manifest.adapters.items()
                 if component in parts
             }
-            self._adapters[component] = AdapterSet(self.session(component), files)
+            device = "cuda" if self.provider == CUDA else "cpu"
+            self._adapters[component] = AdapterSet(self.session(component), files, device=device)
         return self._adapters[component]
 
     def run(
@@ -261,22 +262,72 @@ class Runner:
         feeds: Mapping[str, npt.NDArray[Any]],
         component: str = MODEL,
         *,
-        adapter: str | None = None,
+        adapter: str | Sequence[str | None] | None = None,
     ) -> Tensors:
         """Run a graph on named inputs and return its named outputs.
 
         Args:
-            adapter: one of `adapters(component).names`; None runs the base alone.
+            adapter: one of `adapters(component).names`; None runs the base alone. Or one for each
+                row of the batch: rows of one adapter run together, and come back in their order.
 
         Raises:
-            InputError: there is no such adapter.
+            InputError: there is no such adapter, or rows of this graph cannot have one each.
         """
         session = self.session(component)
-        if adapter is not None:
-            feeds = {**feeds, **self.adapters(component).feeds(adapter)}
+        if adapter is None:
+            names = [spec.name for spec in self.manifest.components[component].outputs]
+            values = session.run(names, dict(feeds))
+            return dict(zip(names, values, strict=True))
+        if isinstance(adapter, str):
+            return self._adapted(feeds, component, adapter)
+        from mmopt_export.adapters.files import group_rows
+
+        self._require_rows(feeds, component, len(adapter))
+        groups = group_rows(adapter)
+        parts = [
+            self._adapted({key: value[rows] for key, value in feeds.items()}, component, name)
+            for name, rows in groups
+        ]
+        places = np.argsort(np.concatenate([rows for _, rows in groups]))
+        return {key: np.concatenate([part[key] for part in parts])[places] for key in parts[0]}
+
+    def _adapted(
+        self, feeds: Mapping[str, npt.NDArray[Any]], component: str, adapter: str | None
+    ) -> Tensors:
+        """Outputs with one adapter, whose values stay on the device from one run to the next."""
+        session, adapters = self.session(component), self.adapters(component)
+        binding = session.io_binding()
+        adapters.bind(binding, adapter)
+        for name, value in feeds.items():
+            binding.bind_cpu_input(name, np.ascontiguousarray(value))
         names = [spec.name for spec in self.manifest.components[component].outputs]
-        values = session.run(names, dict(feeds))
-        return dict(zip(names, values, strict=True))
+        for name in names:
+            binding.bind_output(name)
+        session.run_with_iobinding(binding)
+        return dict(zip(names, binding.copy_outputs_to_cpu(), strict=True))
+
+    def _require_rows(
+        self, feeds: Mapping[str, npt.NDArray[Any]], component: str, count: int
+    ) -> None:
+        """Raise InputError unless the feeds are `count` rows that can be run apart."""
+        if component in self.manifest.caches:
+            raise InputError(
+                f"the graph {component} has a cache and takes one adapter for all rows. Run rows "
+                "of another adapter with a cache of their own."
+            )
+        graph = self.manifest.components[component]
+        for spec in (*(one for one in graph.inputs if one.name in feeds), *graph.outputs):
+            if not spec.shape or spec.shape[0] != "batch":
+                raise InputError(
+                    f"{spec.name} of the graph {component} has no row for each of a batch, so rows "
+                    "cannot have an adapter each. Pass one name for all."
+                )
+        for name, value in feeds.items():
+            if len(value) != count or count == 0:
+                raise InputError(
+                    f"{name} has {len(value)} rows and {count} adapters are given, expected one "
+                    "for each row, None for the base alone, and at least one row."
+                )
 
     def classify(self, texts: Sequence[str], *, batch_size: int = 32) -> npt.NDArray[np.float32]:
         """Logits `[len(texts), labels]`, batched by length so that little of it is padding.

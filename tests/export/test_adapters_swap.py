@@ -186,18 +186,6 @@ def test_one_io_binding_switches_between_adapters(llama: Exported) -> None:
         assert_close(binding.copy_outputs_to_cpu()[0], expected(llama, name))
 
 
-def test_rows_of_a_batch_each_get_their_adapter(llama: Exported) -> None:
-    session = open_session(llama.graph, provider=CPU)
-    adapters = AdapterSet(session, llama.files)
-    wanted = ["eight", None, "eight"]
-    found = np.empty_like(expected(llama, None))
-    for name, rows in group_rows(wanted):
-        feeds = {"input_ids": IDS[rows], "attention_mask": MASK[rows]} | adapters.feeds(name)
-        found[rows] = session.run(None, feeds)[0]
-    row_of = [expected(llama, name)[row] for row, name in enumerate(wanted)]
-    assert_close(found, np.stack(row_of))
-
-
 def test_rows_are_grouped_in_the_order_of_their_first() -> None:
     groups = group_rows(["b", None, "a", "b", None])
     assert [(name, rows.tolist()) for name, rows in groups] == [

@@ -1,4 +1,4 @@
-"""Adapters as inputs of artifacts of several graphs: each graph takes those of the layers it runs."""
+"""Adapters as inputs of several graphs: each graph takes those of the layers that it runs."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig
 
 from mmopt_export import Runner, export, verify
+from mmopt_kernels.errors import InputError
 from peft_oracle import unmerged
 from tests.support import tiny_vlm
 from tiny_adapters import save_peft
@@ -24,26 +25,38 @@ def few_threads(one_thread: None) -> None:
     """Tiny models: a second thread only waits."""
 
 
-def test_two_towers_take_the_adapters_of_their_own_layers(tmp_path: Path) -> None:
-    """One adapter changes both, the other the text tower alone; held against PEFT's own model."""
-    model = save_dual_encoder(tmp_path / "model", "CLIP")
-    folders = [
-        save_peft(model, tmp_path / name, LoraConfig(target_modules=targets), seed=seed)
+@pytest.fixture(scope="module")
+def towers(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path], Runner]:
+    """CLIP, adapters of both towers and of the text tower alone, and the artifact."""
+    folder = tmp_path_factory.mktemp("towers")
+    model = save_dual_encoder(folder / "model", "CLIP")
+    adapters = [
+        save_peft(model, folder / name, LoraConfig(target_modules=targets), seed=seed)
         for seed, (name, targets) in enumerate({"both": ["v_proj"], "text": "text.*q_proj"}.items())
     ]
-    output = tmp_path / "out"
-    report = export(str(model), output, adapters=list(map(str, folders)), swap=True)
-    assert report.exit_code == 0
-    runner = Runner(output)
+    output = folder / "out"
+    assert export(str(model), output, adapters=list(map(str, adapters)), swap=True).exit_code == 0
+    return model, adapters, Runner(output)
+
+
+def random_images(runner: Runner, count: int) -> np.ndarray:
+    shape = runner.manifest.components["vision"].inputs[0].shape[1:]
+    values: np.ndarray = np.random.default_rng(0).standard_normal((count, *shape))
+    return values.astype(np.float32)
+
+
+def test_two_towers_take_the_adapters_of_their_own_layers(
+    towers: tuple[Path, list[Path], Runner],
+) -> None:
+    """Held against PEFT's own model."""
+    model, adapters, runner = towers
     assert runner.manifest.adapters == {
         name: {graph: f"adapters/{graph}/{name}.onnx_adapter" for graph in ("text", "vision")}
         for name in ("both", "text")
     }
-    ids = runner.tokenize(["the sum of two numbers"], "text")
-    pixels = runner.manifest.components["vision"].inputs[0]
-    images = np.random.default_rng(0).standard_normal((2, *pixels.shape[1:])).astype(np.float32)
-    for folder in folders:
-        oracle = unmerged(model, folder).get_base_model()
+    ids, images = runner.tokenize(["the sum of two numbers"], "text"), random_images(runner, 2)
+    for adapter in adapters:
+        oracle = unmerged(model, adapter).get_base_model()
         with torch.no_grad():
             outputs = oracle(
                 pixel_values=torch.from_numpy(images).double(),
@@ -53,11 +66,30 @@ def test_two_towers_take_the_adapters_of_their_own_layers(tmp_path: Path) -> Non
             ("text", ids, outputs.text_embeds),
             ("vision", {"pixel_values": images}, outputs.image_embeds),
         ):
-            found = runner.run(feeds, graph, adapter=folder.name)["embeddings"]
+            found = runner.run(feeds, graph, adapter=adapter.name)["embeddings"]
             np.testing.assert_allclose(found, expected.numpy(), atol=1e-5)
             plain = runner.run(feeds, graph)["embeddings"]
-            changed = (folder.name, graph) != ("text", "vision")
+            changed = (adapter.name, graph) != ("text", "vision")
             assert (np.abs(found - plain).max() > 1e-3) == changed
+
+
+def test_rows_of_a_batch_each_get_their_adapter(towers: tuple[Path, list[Path], Runner]) -> None:
+    """One run for each adapter that is asked for, and rows come back in their order."""
+    _, _, runner = towers
+    feeds = {"pixel_values": random_images(runner, 5)}
+    wanted = ["both", None, "text", "both", None]
+    found = runner.run(feeds, "vision", adapter=wanted)["embeddings"]
+    for row, name in enumerate(wanted):
+        alone = runner.run(feeds, "vision", adapter=name)["embeddings"][row]
+        np.testing.assert_allclose(found[row], alone, atol=1e-6)
+    assert np.abs(found - runner.run(feeds, "vision")["embeddings"]).max() > 1e-3
+    for names, message in (
+        (["both"], "pixel_values has 5 rows and 1 adapters are given"),
+        ([], "pixel_values has 5 rows and 0 adapters are given"),
+        (["none"] * 5, "no adapter 'none', expected one of: both, text"),
+    ):
+        with pytest.raises(InputError, match=message):
+            runner.run(feeds, "vision", adapter=names)
 
 
 def t5(folder: Path) -> Any:
@@ -105,7 +137,8 @@ def test_graphs_take_the_adapters_of_the_layers_they_run(
     )
     assert report.exit_code == 0
     assert verify(tmp_path / "out").exit_code == 0
-    manifest = Runner(tmp_path / "out").manifest
+    runner = Runner(tmp_path / "out")
+    manifest = runner.manifest
     assert tuple(sorted(manifest.adapters["a"])) == graphs
     for name, component in manifest.components.items():
         taken = [spec.name for spec in component.inputs if "_lora_" in spec.name]

@@ -196,6 +196,8 @@ def test_adapters_are_chosen_per_run_over_a_4_bit_base(llama: Path, tmp_path: Pa
     assert answers[0] != answers[1] != answers[2] != answers[0]
     with pytest.raises(InputError, match="'c'"):
         generated(runner, "c")
+    with pytest.raises(InputError, match="model has a cache and takes one adapter for all rows"):
+        runner.run({}, adapter=["a", "b"])
 
 
 @pytest.mark.parametrize(

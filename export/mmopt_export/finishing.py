@@ -191,7 +191,7 @@ def _quantize(
                 if graph.alone:
                     raise
                 continue
-            return width, record if recipe.method != "none" else None
+            return _precision(record), record if recipe.method != "none" else None
     record = choose(
         graph.file,
         model,
@@ -203,4 +203,8 @@ def _quantize(
         provider=provider,
     )
     record["auto"]["measure"] = measure_of(samples)
-    return str(record["recipe"]["precision"]), record
+    return _precision(record), record
+
+
+def _precision(record: Mapping[str, Any]) -> str:
+    return str(record["recipe"]["precision"])

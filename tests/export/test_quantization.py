@@ -189,6 +189,24 @@ def test_wide_and_kept_nodes_take_8_bits_and_floats(tmp_path: Path) -> None:
     assert [node.op_type for node in graph.node if node.name == "head"] == ["MatMul"]
 
 
+@pytest.mark.parametrize(
+    ("recipe", "expected"),
+    [
+        (WEIGHTS4, "int4"),
+        (dataclasses.replace(WEIGHTS4, wide=("mm",)), "int8"),
+        (dataclasses.replace(WEIGHTS4, keep=("mm",), floats="fp16"), "fp16"),
+        (dataclasses.replace(DYNAMIC, keep=("mm",)), "fp32"),
+    ],
+    ids=["narrow", "wide", "kept-fp16", "kept-fp32"],
+)
+def test_a_graph_is_called_what_its_narrowest_weight_is(
+    tmp_path: Path, recipe: Recipe, expected: str
+) -> None:
+    source, _ = matmul(tmp_path / "fp32.onnx")
+    record = quantize(source, tmp_path / "out.onnx", recipe, [{"x": np.ones((3, 200), np.float32)}])
+    assert record["recipe"]["precision"] == expected
+
+
 def test_weights_under_fp16_keep_the_types_of_inputs_and_outputs(tmp_path: Path) -> None:
     source, _ = tied(tmp_path / "fp32.onnx")
     quantize(source, tmp_path / "out.onnx", dataclasses.replace(WEIGHTS4, floats="fp16"))
@@ -472,6 +490,7 @@ def test_an_embedding_table_without_any_matmul_is_quantized(
     source, feeds = table_alone(tmp_path / "fp32.onnx"), {"ids": np.arange(0, 1100, 7)}
     record = quantize(source, tmp_path / "out.onnx", recipe, [feeds])
     assert record["matmuls"] == 0
+    assert record["recipe"]["precision"] == "int8", "tables have 8 bits, whatever matmuls have"
     assert record["embeddings"]["tables"] == ["table"]
     assert op in ops(tmp_path / "out.onnx")
     (expected,), (got,) = run(source, feeds), run(tmp_path / "out.onnx", feeds)

@@ -49,7 +49,8 @@ def quantize(
         feeds: batches like those that the graph will meet; see `Recipe.needs_samples`.
 
     Returns:
-        The record for the manifest, which JSON can hold.
+        The record for the manifest, which JSON can hold. The precision of its recipe is what the
+        graph has in the end: wider where no weight took the width that the recipe is named for.
 
     Raises:
         InputError: no samples where they are needed, an unknown node in the recipe, `source` is
@@ -72,6 +73,8 @@ def quantize(
             with quiet():
                 record |= _METHODS[recipe.method](model, source.parent, recipe, feeds)
                 save(model, output)
+            if recipe.method in ("dynamic", "weights"):
+                record["recipe"]["precision"] = _reached(recipe, record)
     finally:
         Group.forget()
     record["samples"] = _digest(feeds) if recipe.needs_samples else None
@@ -187,6 +190,13 @@ _METHODS: dict[str, Callable[[onnx_ir.Model, Path, Recipe, Sequence[Tensors]], d
     "dynamic": _dynamic,
     "weights": _weights,
 }
+
+
+def _reached(recipe: Recipe, record: dict[str, Any]) -> str:
+    """The narrowest type that a weight took."""
+    if record.get("bits", {}).get("4"):
+        return "int4"
+    return "int8" if record["matmuls"] or record["embeddings"]["tables"] else recipe.floats
 
 
 def _integer_candidates(model: onnx_ir.Model) -> list[Weight]:

@@ -144,7 +144,7 @@ class _Search:
         if self.metric is not None:
             drop = self.base - self.metric(lambda batch: run_all(session, [batch])[0])
         trial = {
-            "recipe": recipe.record(),
+            "recipe": record["recipe"],
             "bytes": sum(file.stat().st_size for file in made.iterdir()),
             "milliseconds": latency_ms(session, self.feeds[0]),
             "relative_error": error if math.isfinite(error) else None,

@@ -23,6 +23,7 @@ from mmopt_export.quantization import (
     quantize,
     recipe_for,
     with_options,
+    without_times,
 )
 from mmopt_export.runtime import MODEL_NAME, open_session
 from mmopt_export.scoring import measure_of, metric_of
@@ -66,12 +67,15 @@ class FinishedGraph:
 
     Attributes:
         component: for the manifest.
+        quantization: how its weights became integers, with the times that `auto` measured, which
+            the component has not, so that two exports are byte-identical. None for fp32.
         cache: with the type that its buffers have now.
         stages: parity of each of its outputs at every stage.
         placement: where its nodes ran.
     """
 
     component: Component
+    quantization: dict[str, Any] | None
     cache: CacheMap | None
     stages: list[StageParity]
     placement: Placement
@@ -149,7 +153,7 @@ def finish(
         inputs=tensor_specs(final.inputs),
         outputs=tensor_specs(final.outputs),
         precision=precision,
-        quantization=recipe,
+        quantization=without_times(recipe) if recipe and "auto" in recipe else recipe,
     )
     cache = graph.cache
     if cache is not None:
@@ -165,7 +169,7 @@ def finish(
             cache=cache,
             longest=longest,
         )
-    return FinishedGraph(component, cache, [*stages, *held], placement)
+    return FinishedGraph(component, recipe, cache, [*stages, *held], placement)
 
 
 def _quantize(

@@ -58,7 +58,7 @@ class ExportReport:
         size: bytes of all files.
         stages: parity of every graph at every stage.
         placement: of each graph, where its nodes ran.
-        quantization: the recipe of each graph, None for fp32.
+        quantization: the recipe of each graph, None for fp32; of `auto` every trial and its time.
         warnings: what to know of the checkpoint and its adapters.
     """
 
@@ -87,12 +87,26 @@ class ExportReport:
         }
 
     def render(self) -> RenderableType:
-        """A parity table, the placement, and one line on the artifact."""
+        """A parity table, the placement, what `auto` chose, and one line on the artifact."""
         return Group(
             *(f"warning: {warning}" for warning in self.warnings),
             parity_table(self.stages),
             *(line for placement in self.placement for line in placement.lines()),
+            *_auto_lines(self.quantization),
             f"{self.path}: {self.task}, {self.precision}, {self.size / 1e6:.1f} MB, {self.status}",
+        )
+
+
+def _auto_lines(quantization: Mapping[str, dict[str, Any] | None]) -> Iterator[str]:
+    """What `auto` chose for each graph, as it measured it."""
+    for name, record in quantization.items():
+        if record is None or "auto" not in record:
+            continue
+        chosen = next(trial for trial in record["auto"]["trials"] if trial["chosen"])
+        yield (
+            f"auto of {name}: {chosen['recipe']['precision']}, {chosen['bytes'] / 1e6:.1f} MB, "
+            f"{chosen['milliseconds']:.2f} ms a batch, loses {chosen['metric_drop']:.3g} "
+            f"({record['auto']['measure']})"
         )
 
 
@@ -262,7 +276,7 @@ def export(
         files=manifest.files,
         stages=tuple(stages),
         placement=placements,
-        quantization={name: one.quantization for name, one in components.items()},
+        quantization={name: one.quantization for name, one in finished.items()},
         warnings=traced.warnings,
     )
 

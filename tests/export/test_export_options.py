@@ -1,6 +1,8 @@
 """What the options of an export make of a small decoder and a small classifier."""
 
+import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +14,7 @@ import onnx
 import pytest
 import torch
 from peft import LoraConfig
+from rich.console import Console
 
 import mmopt_export.pipeline
 from mmopt_export import (
@@ -312,6 +315,21 @@ def test_auto_takes_the_narrowest_that_meets_the_budget(
     chosen = [trial for trial in record["auto"]["trials"] if trial["chosen"]]
     assert len(chosen) == 1
     assert chosen[0]["metric_drop"] <= 0.1
+
+
+def test_two_exports_with_auto_are_byte_identical_and_report_the_time(
+    classifier: Path, tmp_path: Path
+) -> None:
+    outputs = [tmp_path / parent / "out" for parent in "ab"]
+    reports = [export(str(classifier), output, precision="auto") for output in outputs]
+    assert same_artifact(*outputs) == []
+    for report in reports:
+        record = report.quantization["model"]
+        assert record is not None
+        assert all(trial["milliseconds"] > 0 for trial in record["auto"]["trials"])
+        console = Console(width=200, record=True, file=io.StringIO())
+        console.print(report.render())
+        assert re.search(r"auto of model: int8, .* MB, .* ms a batch, loses", console.export_text())
 
 
 def test_a_target_that_is_not_here_is_refused_or_marked(

@@ -1,7 +1,7 @@
 """Quantizes an ONNX graph for its target: recipes as data, to follow one or choose from several."""
 
 from mmopt_export.quantization.apply import layer_sensitivities, quantize
-from mmopt_export.quantization.choosing import Metric, choose
+from mmopt_export.quantization.choosing import Metric, choose, without_times
 from mmopt_export.quantization.recipe import (
     FLOATS,
     NothingToQuantizeError,
@@ -30,4 +30,5 @@ __all__ = [
     "rewrite_for_cpu",
     "with_options",
     "with_wider",
+    "without_times",
 ]

@@ -97,6 +97,15 @@ def choose(
     }
 
 
+def without_times(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record of `choose` without what no two runs share."""
+    trials = [
+        {name: value for name, value in trial.items() if name != "milliseconds"}
+        for trial in record["auto"]["trials"]
+    ]
+    return {**record, "auto": {**record["auto"], "trials": trials}}
+
+
 class _Search:
     def __init__(
         self,

@@ -196,6 +196,11 @@ def _quantize(
                     raise
                 continue
             return _precision(record), record if recipe.method != "none" else None
+
+    def parity(session: Any, width: str) -> bool:
+        stages = compare_samples(width, width, samples, session)
+        return all(stage.holds for stage in stages if stage.gates)
+
     record = choose(
         graph.file,
         model,
@@ -204,6 +209,7 @@ def _quantize(
         None,
         max_drop,
         metric=metric_of(samples),
+        parity=parity,
         provider=provider,
     )
     record["auto"]["measure"] = measure_of(samples)

@@ -317,6 +317,16 @@ def test_auto_takes_the_narrowest_that_meets_the_budget(
     assert chosen[0]["metric_drop"] <= 0.1
 
 
+@pytest.mark.slow
+def test_auto_takes_nothing_that_parity_refuses(llama: Path, tmp_path: Path) -> None:
+    """A budget of 1 keeps 4 bits of random weights, whose cosine is too small."""
+    report = export(str(llama), tmp_path / "out", precision="auto", max_drop=1)
+    assert report.status == "verified"
+    record = report.quantization["model"]
+    assert record is not None
+    assert record["auto"]["trials"][0]["parity"] is False
+
+
 def test_two_exports_with_auto_are_byte_identical_and_report_the_time(
     classifier: Path, tmp_path: Path
 ) -> None:

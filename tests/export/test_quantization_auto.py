@@ -177,6 +177,22 @@ def test_a_metric_of_the_task_decides_where_there_is_one(source: Path, tmp_path:
     assert record["recipe"]["precision"] == "fp32" or record["recipe"]["wide"]
 
 
+def test_what_keeps_to_the_budget_without_parity_is_not_taken(source: Path, tmp_path: Path) -> None:
+    asked = []
+
+    def parity(session: Any, precision: str) -> bool:
+        asked.append(precision)
+        return precision != "int4"
+
+    record = choose(
+        source, tmp_path / "out.onnx", [INT4, INT8, FP32], feeds(), None, 0.9, parity=parity
+    )
+    assert asked == ["int4", "int4", "int8"]
+    assert record["recipe"] == INT8.record()
+    assert record["auto"]["met"]
+    assert [trial["parity"] for trial in record["auto"]["trials"]] == [False, False, True]
+
+
 def test_outputs_of_pytorch_are_what_the_error_is_measured_against(
     source: Path, tmp_path: Path
 ) -> None:

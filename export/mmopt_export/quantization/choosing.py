@@ -22,13 +22,15 @@ from mmopt_kernels.errors import InputError, MmoptError
 
 Metric = Callable[[Callable[[Tensors], Tensors]], float]
 """Scores a function from inputs to outputs; higher is better."""
+Parity = Callable[[Any, str], bool]
+"""Whether an ONNX Runtime session is within the threshold of a precision."""
 
 
 @dataclass(frozen=True)
 class _Tried:
-    """What a recipe gave: how much is lost, the record of `quantize`, and that of the trial."""
+    """What a recipe gave: whether it will do, the record of `quantize`, and that of the trial."""
 
-    loss: float
+    meets: bool
     record: dict[str, Any]
     trial: dict[str, Any]
 
@@ -42,6 +44,7 @@ def choose(
     budget: float,
     *,
     metric: Metric | None = None,
+    parity: Parity | None = None,
     provider: str = "CPUExecutionProvider",
     threads: int | None = None,
 ) -> dict[str, Any]:
@@ -61,12 +64,14 @@ def choose(
         budget: the most that may be lost: of the outputs, relative to them (0.1 is a cosine of
             about 0.995), or of `metric`, in its own unit.
         metric: scores a graph by itself, with higher better, such as accuracy.
+        parity: what a graph within the budget must meet as well.
         provider: where graphs are run to measure them.
         threads: for the sessions.
 
     Returns:
         The record of `quantize` with what was measured under `auto`: `chosen`, and every trial
-        with its recipe, bytes, milliseconds for the first batch, error, and whether it was taken.
+        with its recipe, bytes, milliseconds for the first batch, error, whether it has parity (None
+        where that was not measured: beyond the budget), and whether it was taken.
 
     Raises:
         InputError: no samples, no candidates, or a budget below zero.
@@ -78,7 +83,16 @@ def choose(
         raise InputError(f"--max-drop {budget} is no budget, expected zero or more.")
     with tempfile.TemporaryDirectory(dir=output.parent) as scratch:
         search = _Search(
-            source, Path(scratch), output.name, feeds, expected, budget, metric, provider, threads
+            source,
+            Path(scratch),
+            output.name,
+            feeds,
+            expected,
+            budget,
+            metric,
+            parity,
+            provider,
+            threads,
         )
         fitting = (search.fit(recipe) for recipe in candidates[:-1])
         chosen = next((tried for tried in fitting if tried is not None), None)
@@ -91,7 +105,7 @@ def choose(
         "auto": {
             "budget": budget,
             "measure": "relative output error" if metric is None else "drop of the metric",
-            "met": chosen.loss <= budget,
+            "met": chosen.meets,
             "trials": search.trials,
         }
     }
@@ -116,12 +130,13 @@ class _Search:
         expected: Sequence[Mapping[str, Array]] | None,
         budget: float,
         metric: Metric | None,
+        parity: Parity | None,
         provider: str,
         threads: int | None,
     ) -> None:
         self.source, self.folder, self.name, self.feeds = source, folder, name, feeds
         self.best = folder / "best"
-        self.budget, self.metric = budget, metric
+        self.budget, self.metric, self.parity = budget, metric, parity
         self.provider, self.threads = provider, threads
         self.trials: list[dict[str, Any]] = []
         self.base = 0.0
@@ -136,7 +151,7 @@ class _Search:
     def try_one(self, recipe: Recipe, *, last: bool = False) -> _Tried:
         """Quantize, measure, and note it down.
 
-        `best` is kept: the latest that meets the budget, or the `last`.
+        `best` is kept: the latest that meets the budget and has parity, or the `last`.
         """
         made = self.folder / "trial"
         made.mkdir(exist_ok=True)
@@ -152,20 +167,24 @@ class _Search:
         drop = None
         if self.metric is not None:
             drop = self.base - self.metric(lambda batch: run_all(session, [batch])[0])
+        meets = (error if drop is None else drop) <= self.budget
+        held = None
+        if meets and self.parity is not None:
+            meets = held = self.parity(session, record["recipe"]["precision"])
         trial = {
             "recipe": record["recipe"],
             "bytes": sum(file.stat().st_size for file in made.iterdir()),
             "milliseconds": latency_ms(session, self.feeds[0]),
             "relative_error": error if math.isfinite(error) else None,
             "metric_drop": drop,
+            "parity": held,
             "chosen": False,
         }
         self.trials.append(trial)
-        tried = _Tried(error if drop is None else drop, record, trial)
-        if last or tried.loss <= self.budget:
+        if last or meets:
             shutil.rmtree(self.best, ignore_errors=True)
             made.rename(self.best)
-        return tried
+        return _Tried(meets, record, trial)
 
     def fit(self, recipe: Recipe) -> _Tried | None:
         """`recipe` with as few matmuls wider as the budget asks; None where half are too few."""
@@ -177,7 +196,7 @@ class _Search:
             # Nothing to quantize: the next one may have.
             self.trials.append({"recipe": recipe.record(), "failed": str(error), "chosen": False})
             return None
-        if plain.loss <= self.budget:
+        if plain.meets:
             return plain
         if recipe.method not in ("dynamic", "weights"):
             return None
@@ -190,12 +209,12 @@ class _Search:
         order = sorted(ratios, key=lambda name: (-ratios[name], name))
         low, high = 0, (len(order) + 1) // 2
         best = self.try_one(with_wider(recipe, tuple(order[:high])))
-        if best.loss > self.budget:
+        if not best.meets:
             return None
         while high - low > 1:
             middle = (low + high) // 2
             trial = self.try_one(with_wider(recipe, tuple(order[:middle])))
-            if trial.loss <= self.budget:
+            if trial.meets:
                 best, high = trial, middle
             else:
                 low = middle

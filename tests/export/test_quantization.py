@@ -531,11 +531,16 @@ def convolution(path: Path) -> Path:
         helper.make_node("Conv", ["x", "w", "b"], ["h"], "conv", pads=[1, 1, 1, 1]),
         helper.make_node("Relu", ["h"], ["y"], "relu"),
     ]
-    return write(path, nodes, {"x": ["batch", 3, 8, 8]}, ["y"], weights)
+    return write(path, nodes, {"x": ["batch", 3, "height", "width"]}, ["y"], weights)
 
 
 def pictures() -> list[Arrays]:
-    return [{"x": rng(i).uniform(-1, 1, (2, 3, 8, 8)).astype(np.float32)} for i in range(4)]
+    """Of several sizes, as those that a graph of any size is held on."""
+    sizes = ((8, 8), (8, 8), (9, 12), (6, 7))
+    return [
+        {"x": rng(i).uniform(-1, 1, (2, 3, *size)).astype(np.float32)}
+        for i, size in enumerate(sizes)
+    ]
 
 
 @pytest.mark.parametrize("calibration", ["minmax", "entropy", "percentile"])

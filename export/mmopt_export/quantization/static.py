@@ -74,6 +74,8 @@ def quantize_static(
                 "entropy": CalibrationMethod.Entropy,
                 "percentile": CalibrationMethod.Percentile,
             }[recipe.calibration],
+            # One batch at a time: the histograms of a step cannot be of pictures of several sizes.
+            extra_options={"CalibStridedMinMax": 1},
         )
         model = load(made)
         count = sum(

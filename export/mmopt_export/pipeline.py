@@ -155,7 +155,8 @@ def export(
         allow_drift: mark an artifact whose parity does not hold `accepted`, to be served all the
             same.
         unproven: where the target's provider is missing, prove on the CPU what can be, and mark the
-            artifact `unproven`: `mmopt verify --record` on its target then makes it `verified`.
+            artifact `unproven`: `mmopt verify --record` on its target then makes it `verified`. Not
+            in bf16, which the CPU cannot run.
         sign_key: a private Ed25519 key in PEM, to sign the manifest with.
         force: replace an artifact that is there.
 
@@ -195,6 +196,12 @@ def export(
             f"ONNX Runtime here has no {destination.provider}, on which --target {target} is "
             "proven. Export on a machine that has it (`mmopt doctor` says what this one has), or "
             "pass --unproven for an artifact that `mmopt verify --record` proves there."
+        )
+    if not provable and precision == "bf16":
+        raise InputError(
+            f"--precision bf16 needs {destination.provider}, which ONNX Runtime here has not: its "
+            "CPU provider, on which --unproven runs what it can, has no bf16. Export on a machine "
+            "that has it, or pass --precision fp16."
         )
     provider = destination.provider if provable else CPU
     with staged_folder(output, replace=force) as folder:

@@ -358,6 +358,16 @@ def test_a_target_that_is_not_here_is_refused_or_marked(
         Runner(tmp_path / "out")
 
 
+def test_bf16_is_refused_before_anything_is_read_where_nothing_can_run_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mmopt_export.pipeline, "has_provider", lambda provider: False)
+    with pytest.raises(InputError, match="bf16 needs CUDAExecutionProvider") as caught:
+        export("nowhere", tmp_path / "out", target="cuda", precision="bf16", unproven=True)
+    assert caught.value.exit_code == 2
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_force_replaces_nothing_but_an_artifact(classifier: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("kept")

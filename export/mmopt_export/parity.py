@@ -53,6 +53,9 @@ THRESHOLDS = {
     "int8": Threshold(0.99, None),
     "int4": Threshold(0.95, None),
 }
+# What a drift that was accepted may have grown by where it is measured again. The graph makes it;
+# another machine only rounds otherwise, and the export measured all of the samples that it stored.
+_DRIFT_RATIO, _DRIFT_ROUNDING = 1.25, 1e-4
 # Random ids are nothing that a model was trained on, and weights of few bits are fitted to what is.
 _FITTED = ("int8", "int4")
 RANDOM = "grid"
@@ -143,6 +146,11 @@ class StageParity:
     gates: bool
     holds: bool
     note: str | None = None
+
+    @property
+    def key(self) -> tuple[str, str, str, str]:
+        """What was measured: no two stages of an artifact share it."""
+        return self.component, self.stage, self.kind, self.output
 
 
 class _Comparison:
@@ -428,6 +436,42 @@ def read_samples(folder: Path) -> list[Sample]:
             "Export the model again."
         ) from error
     return samples
+
+
+def read_stages(folder: Path) -> dict[tuple[str, str, str, str], StageParity]:
+    """The stages that the export recorded in an artifact, whose files' hashes have been checked.
+
+    Raises:
+        InputError: the file holds none.
+    """
+    try:
+        stages = [StageParity(**record) for record in read_json(folder / PARITY_NAME)["stages"]]
+        for stage in stages:
+            for value in _distances(stage):
+                float(value)
+        return {stage.key: stage for stage in stages}
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{folder} holds no parity that can be measured again: {error!r}. "
+            "Export the model again."
+        ) from error
+
+
+def has_grown(stage: StageParity, recorded: StageParity | None) -> bool:
+    """Whether a stage is further off than it was recorded, or not finite. One that holds is not."""
+    if stage.holds:
+        return False
+    if recorded is None or not (stage.finite and recorded.finite):
+        return True
+    pairs = zip(_distances(stage), _distances(recorded), strict=True)
+    return any(now > _DRIFT_RATIO * before + _DRIFT_ROUNDING for now, before in pairs)
+
+
+def _distances(stage: StageParity) -> tuple[float, float]:
+    """How far the worst value and the worst row are off: figures that a part of the samples cannot
+    have larger than all of them. 0 where there are none."""
+    worst = 1.0 if stage.worst_cosine is None else stage.worst_cosine
+    return stage.max_abs or 0.0, 1.0 - worst
 
 
 def condensed(stages: Sequence[StageParity]) -> list[StageParity]:

@@ -28,8 +28,10 @@ from mmopt_export.parity import (
     Sample,
     StageParity,
     compare_samples,
+    has_grown,
     parity_table,
     read_samples,
+    read_stages,
 )
 from mmopt_export.placement import Placement, measure_placement
 from mmopt_export.progress import Progress, silent
@@ -49,6 +51,7 @@ class VerifyReport:
         files: how many files have the hash that the manifest says.
         placement: of each graph, where its nodes ran.
         stages: parity of each output on the stored samples.
+        grown: where drift was accepted, the gating stages that are further off than at export.
         accuracy: share of right labels on the data given, None without data.
         examples: how many texts accuracy was measured on.
     """
@@ -61,6 +64,7 @@ class VerifyReport:
     files: int
     placement: tuple[Placement, ...]
     stages: tuple[StageParity, ...]
+    grown: tuple[StageParity, ...]
     accuracy: float | None
     examples: int
 
@@ -76,8 +80,11 @@ class VerifyReport:
 
     @property
     def exit_code(self) -> int:
-        """0 when placement and parity hold, or drift was accepted at export; 1 otherwise."""
-        proven = self.status == "accepted" or (self.status != "failed" and self.agrees)
+        """0 when placement and parity hold, or drift is what the export accepted; 1 otherwise."""
+        if self.status == "accepted":
+            proven = not self.grown
+        else:
+            proven = self.status != "failed" and self.agrees
         return 0 if self.placed and proven else 1
 
     def to_dict(self) -> dict[str, Any]:
@@ -99,7 +106,8 @@ class VerifyReport:
         if self.accuracy is not None:
             lines.append(f"accuracy: {self.accuracy:.2%} of {self.examples} texts")
         notes = {
-            "accepted": "parity did not hold at export; its drift was accepted",
+            "accepted": "parity did not hold at export; its drift was accepted"
+            + (", and has grown" if self.grown else ""),
             "failed": "marked failed at export",
             "unproven": "not recorded as verified: pass --record",
         }
@@ -150,6 +158,7 @@ def verify(
     examples = _examples(manifest, data)
     require_runtime(manifest)
     samples = read_samples(artifact)
+    recorded = read_stages(artifact) if manifest.status == "accepted" else None
     stages: list[StageParity] = []
     placements = []
     for name in manifest.components:
@@ -168,6 +177,11 @@ def verify(
         files=len(manifest.files),
         placement=tuple(placements),
         stages=tuple(stages),
+        grown=tuple(
+            stage
+            for stage in stages
+            if recorded is not None and stage.gates and has_grown(stage, recorded.get(stage.key))
+        ),
         accuracy=None,
         examples=len(examples.texts) if examples else 0,
     )

@@ -69,12 +69,41 @@ def test_a_graph_that_computes_something_else_fails_parity(tiny: Path) -> None:
     assert report.placed
 
 
-def test_accepted_drift_does_not_fail_and_is_said(tmp_path: Path) -> None:
+@pytest.fixture
+def drifted(tmp_path: Path) -> Path:
+    """An artifact whose graph computes something else, as its `parity.json` says."""
     artifact = make_artifact(tmp_path / "artifact", status="accepted")
     edit_graph(artifact, subtract)
-    report = verify(artifact)
-    assert (report.exit_code, report.agrees) == (0, False)
+    write_parity(artifact, verify(artifact).stages, read_samples(artifact))
+    seal(artifact)
+    return artifact
+
+
+def test_accepted_drift_does_not_fail_and_is_said(drifted: Path) -> None:
+    report = verify(drifted)
+    assert (report.exit_code, report.agrees, report.grown) == (0, False, ())
     assert shown(report).endswith("holds (parity did not hold at export; its drift was accepted)")
+
+
+@pytest.mark.parametrize("value", [3.0, np.nan], ids=["further-off", "nan"])
+def test_accepted_drift_that_has_grown_fails(drifted: Path, value: float) -> None:
+    (drifted / "model.onnx.data").write_bytes(np.full(15, value, np.float32).tobytes())
+    seal(drifted)
+    report = verify(drifted)
+    assert (report.exit_code, report.placed) == (1, True)
+    assert [stage.output for stage in report.grown] == ["logits"]
+    assert shown(report).endswith(
+        "DOES NOT HOLD (parity did not hold at export; its drift was accepted, and has grown)"
+    )
+
+
+@pytest.mark.parametrize("stages", [7, [7], [{"component": "model"}], None])
+def test_recorded_parity_that_cannot_be_read_is_named(drifted: Path, stages: object) -> None:
+    document = json.loads((drifted / "parity.json").read_text())
+    (drifted / "parity.json").write_text(json.dumps({**document, "stages": stages}))
+    seal(drifted)
+    with pytest.raises(InputError, match="no parity that can be measured again"):
+        verify(drifted)
 
 
 def test_an_artifact_marked_failed_does_not_hold(tmp_path: Path) -> None:

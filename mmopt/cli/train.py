@@ -18,8 +18,8 @@ def train(
 ) -> Report:
     """Fine-tune the model of RECIPE and save its adapter.
 
-    Exit codes: 0 done, 1 an adapter has no gradient or the step has a graph break, 2 bad input,
-    3 could not run.
+    Exit codes: 0 done, 1 an adapter has no gradient, the step has a graph break or the weights
+    diverged, 2 bad input, 3 could not run.
     """
     from mmopt.train import read_recipe, run_recipe
 

@@ -1,17 +1,18 @@
 """The recipe of `mmopt train`: a YAML file, checked whole before anything is loaded."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from mmopt_kernels.errors import InputError
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Data(_Section):
@@ -67,6 +68,14 @@ class Recipe(_Section):
     config: dict[str, Any] = {}
     optimize: bool = True
     compile: bool = True
+
+    @field_validator("config")
+    @classmethod
+    def _finite(cls, config: dict[str, Any]) -> dict[str, Any]:
+        for key, value in config.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{key} is {value}, expected a finite number")
+        return config
 
 
 def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:

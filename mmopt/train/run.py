@@ -18,6 +18,7 @@ from mmopt.train.recipe import Recipe
 from mmopt.train.trainer import CompiledTrainer
 from mmopt_export.checkpoint import (
     TRAIN_RECORD,
+    finite,
     load_base,
     load_config,
     load_tokenizer,
@@ -28,7 +29,7 @@ from mmopt_export.checkpoint import (
 from mmopt_export.files import require_new_folder, sha256, staged_folder
 from mmopt_export.progress import Progress, silent
 from mmopt_export.texts import LabelledTexts, read_texts
-from mmopt_kernels.errors import InputError
+from mmopt_kernels.errors import CheckFailedError, InputError
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,8 @@ def run_recipe(recipe: Recipe, *, progress: Progress = silent) -> TrainReport:
 
     Raises:
         InputError: bad data, model or adapter settings, or the output is not new (exit 2).
-        CheckFailedError: an adapter whose gradient is zero, or a graph break (exit 1).
+        CheckFailedError: an adapter whose gradient is zero, a graph break, or weights that
+            diverged (exit 1).
         MmoptError: the hub cannot be reached, or the disk is full (exit 3).
     """
     # Setup
@@ -123,6 +125,7 @@ def run_recipe(recipe: Recipe, *, progress: Progress = silent) -> TrainReport:
             )
             result = trainer.train()
         seconds = time.perf_counter() - started
+        _require_finite(model)
 
         # Test, on every text: the dropped last batch was for the compiled step.
         trainer.args.dataloader_drop_last = False
@@ -241,6 +244,15 @@ def _arguments(recipe: Recipe, scratch: Path, examples: int) -> transformers.Tra
 def _steps(recipe: Recipe, examples: int) -> int:
     """Optimizer steps of the run; an epoch drops its last, shorter batch."""
     return math.ceil(examples // recipe.training.batch_size * recipe.training.epochs)
+
+
+def _require_finite(model: Any) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not finite(parameter.detach()):
+            raise CheckFailedError(
+                f"training diverged: {name} holds NaN or Inf, expected finite weights. "
+                "Lower training.learning_rate, or raise training.warmup."
+            )
 
 
 def _encode(

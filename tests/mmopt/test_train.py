@@ -86,6 +86,17 @@ def test_every_fault_of_a_recipe_is_named_at_once(recipe: Path) -> None:
     assert "text-classification" in message
 
 
+@pytest.mark.parametrize("number", [".inf", ".nan"])
+@pytest.mark.parametrize(
+    "key", ["training.learning_rate", "adapter.alpha", "config.initializer_range"]
+)
+def test_a_number_of_a_recipe_that_is_not_finite_is_refused(
+    recipe: Path, key: str, number: str
+) -> None:
+    with pytest.raises(InputError, match="finite number"):
+        read_recipe(recipe, [f"{key}={number}"])
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -152,4 +163,12 @@ def test_an_adapter_without_gradient_fails_loudly(
         CheckFailedError, match=r"adapters got no gradient, first .*query \(default\)"
     ):
         run_recipe(read_recipe(recipe))
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_a_run_that_diverges_names_the_weight_and_leaves_no_adapter(
+    recipe: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(CheckFailedError, match=r"query\.lora_A\.default\.weight holds NaN or Inf"):
+        run_recipe(read_recipe(recipe, ["training.learning_rate=1e+38", "training.epochs=2"]))
     assert not (tmp_path / "adapter").exists()

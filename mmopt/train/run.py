@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import tempfile
 import time
 from collections.abc import Mapping
@@ -29,7 +30,7 @@ from mmopt_export.checkpoint import (
 from mmopt_export.files import require_new_folder, sha256, staged_folder
 from mmopt_export.progress import Progress, silent
 from mmopt_export.texts import LabelledTexts, read_texts
-from mmopt_kernels.errors import CheckFailedError, InputError
+from mmopt_kernels.errors import CheckFailedError, InputError, one_line
 
 
 @dataclass(frozen=True)
@@ -100,10 +101,15 @@ def run_recipe(recipe: Recipe, *, progress: Progress = silent) -> TrainReport:
     _require_labels(recipe, labels, test)
     with progress("load model", None):
         folder = resolve(recipe.model)
-        base = _load_classifier(recipe, folder, labels)
         tokenizer = load_tokenizer(folder)
         if tokenizer is None:
             raise InputError(f"{recipe.model} has no tokenizer. Save one beside it.")
+        if tokenizer.pad_token is None:
+            raise InputError(
+                f"the tokenizer of {recipe.model} has no padding token, expected one to fill up "
+                "the shorter texts of a batch. Set its pad_token and save it again."
+            )
+        base = _load_classifier(recipe, folder, labels, tokenizer.pad_token_id)
         # Saved with the adapter: whoever runs it later must cut texts where training cut them.
         tokenizer.model_max_length = min(recipe.data.max_length, tokenizer.model_max_length)
     model = _add_adapter(base, recipe)
@@ -163,14 +169,10 @@ def _require_labels(recipe: Recipe, labels: tuple[str, ...], test: LabelledTexts
         )
 
 
-def _load_classifier(recipe: Recipe, folder: Path, labels: tuple[str, ...]) -> Any:
+def _load_classifier(recipe: Recipe, folder: Path, labels: tuple[str, ...], pad: int) -> Any:
     config = load_config(folder)
     if unknown := sorted(key for key in recipe.config if not hasattr(config, key)):
         raise InputError(f"config.{unknown[0]} is not a setting of {type(config).__name__}.")
-    for key, value in recipe.config.items():
-        setattr(config, key, value)
-    config.id2label = dict(enumerate(labels))
-    config.label2id = {label: index for index, label in enumerate(labels)}
     classes = transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
     if type(config) not in classes:
         raise InputError(
@@ -178,7 +180,23 @@ def _load_classifier(recipe: Recipe, folder: Path, labels: tuple[str, ...]) -> A
             "classifier for. Pass a text encoder such as BERT or RoBERTa."
         )
     architecture = classes[type(config)].__name__
-    config.architectures = [architecture]
+    try:
+        for key, value in recipe.config.items():
+            setattr(config, key, value)
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {label: index for index, label in enumerate(labels)}
+        config.architectures = [architecture]
+        # A classifier on a decoder reads the last token that is no padding.
+        text = config.get_text_config()
+        if getattr(text, "pad_token_id", None) is None:
+            text.pad_token_id = pad
+        with torch.device("meta"):
+            classes[type(config)](config)
+    except Exception as error:  # what a model raises for a setting is its own affair
+        raise InputError(
+            f"no {architecture} can be built from {recipe.model} with config {recipe.config} "
+            f"({type(error).__name__}: {one_line(error)}). Correct the config of the recipe."
+        ) from error
     model, missing = load_base(folder, config=config)
     backbone = [key for key in missing if key.startswith(f"{model.base_model_prefix}.")]
     # A pooler is part of the head for encoders that were saved without one.
@@ -208,7 +226,14 @@ def _add_adapter(base: Any, recipe: Recipe) -> Any:
         target_modules=adapter.targets,
         modules_to_save=[*adapter.train_whole] or None,
     )
-    return get_peft_model(base, config)
+    try:
+        return get_peft_model(base, config)
+    except (ValueError, TypeError, re.error) as error:
+        raise InputError(
+            f"adapter.targets {adapter.targets!r} with adapter.train_whole {adapter.train_whole} "
+            f"cannot be used on {type(base).__name__}, expected linear layers that are not trained "
+            f"whole, such as all-linear: {one_line(error)}"
+        ) from error
 
 
 def _arguments(recipe: Recipe, scratch: Path, examples: int) -> transformers.TrainingArguments:

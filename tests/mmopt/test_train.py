@@ -1,11 +1,13 @@
 """A recipe is checked whole, a run leaves a complete adapter or nothing."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 import yaml
 
 from mmopt.train import read_recipe, run_recipe
@@ -117,7 +119,15 @@ def test_a_malformed_set_says_what_is_expected(recipe: Path, override: str, mess
         ("data.train=/no/such.jsonl", "does not exist, expected a JSON Lines file"),
         ("data.label=kind", 'expected a "kind"'),
         ("adapter.targets=[qery]", "no module called qery"),
+        ("adapter.targets=qery.*", "'qery.*' .* cannot be used .* No modules were targeted"),
+        ("adapter.targets=(", "cannot be used .* unterminated"),
+        ("adapter.targets=[]", "cannot be used .* No modules were targeted"),
+        ("adapter.targets=[LayerNorm]", "cannot be used .* LayerNorm.* is not supported"),
+        ("adapter.train_whole=[bert]", r"train_whole \['bert'\] cannot be used"),
+        ("adapter.train_whole=[layer]", r"train_whole \['layer'\] cannot be used"),
         ("config.no_such_setting=1", "config.no_such_setting is not a setting of BertConfig"),
+        ("config.hidden_act=nope", "no BertForSequenceClassification can be built .*nope"),
+        ("config.hidden_size=wide", "expected int, got str"),
         ("training.batch_size=64", "expected at least one batch of 64"),
     ],
 )
@@ -127,6 +137,41 @@ def test_bad_input_is_named_and_nothing_is_written(
     with pytest.raises(InputError, match=message):
         run_recipe(read_recipe(recipe, [override]))
     assert not (tmp_path / "adapter").exists()
+
+
+@pytest.fixture
+def decoder(classifier: Path, tmp_path: Path) -> Path:
+    """A model folder of a tiny Llama whose config has no padding token."""
+    folder = tmp_path / "decoder"
+    shutil.copytree(classifier, folder)
+    config = transformers.LlamaConfig(
+        vocab_size=128,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def test_a_decoder_takes_the_padding_token_of_its_tokenizer(
+    recipe: Path, decoder: Path, tmp_path: Path
+) -> None:
+    overrides = [f"model={decoder}", "adapter.targets=all-linear", "training.epochs=1"]
+    run_recipe(read_recipe(recipe, overrides))
+    saved = transformers.AutoConfig.from_pretrained(tmp_path / "adapter")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(decoder)
+    assert saved.pad_token_id == tokenizer.pad_token_id
+
+
+def test_a_tokenizer_without_a_padding_token_is_refused(recipe: Path, decoder: Path) -> None:
+    path = decoder / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    del settings["pad_token"]
+    path.write_text(json.dumps(settings))
+    with pytest.raises(InputError, match="has no padding token"):
+        run_recipe(read_recipe(recipe, [f"model={decoder}"]))
 
 
 def test_an_output_that_is_not_empty_is_refused_first(recipe: Path, tmp_path: Path) -> None:

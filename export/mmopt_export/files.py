@@ -121,14 +121,19 @@ def is_artifact(folder: Path) -> bool:
 
 
 def require_new_folder(output: Path) -> None:
-    """Refuse an output path that would overwrite something.
+    """Refuse an output path that would overwrite something, or where no folder can be made.
 
     Raises:
-        InputError: `output` is a file, a link, or a folder with anything in it, or its name is too
-            long.
+        InputError: `output` is a file, a link, a folder with anything in it, or below a file, or
+            its name is too long.
     """
     _require_plain_path(output)
-    if not output.exists() or _is_empty_folder(output):
+    if not output.exists():
+        existing = next(parent for parent in output.resolve().parents if parent.exists())
+        if not existing.is_dir():
+            raise InputError(f"{output} lies below the file {existing}, expected a folder there.")
+        return
+    if _is_empty_folder(output):
         return
     if is_artifact(output):
         raise InputError(
@@ -205,8 +210,6 @@ def require_output(
         )
     _require_free(output, replace, ours)
     existing = next(parent for parent in place.parents if parent.exists())
-    if not existing.is_dir():
-        raise InputError(f"{output} lies below the file {existing}, expected a folder there.")
     effective = os.access in os.supports_effective_ids
     if not os.access(existing, os.W_OK | os.X_OK, effective_ids=effective):
         code = errno.EROFS if os.statvfs(existing).f_flag & os.ST_RDONLY else errno.EACCES

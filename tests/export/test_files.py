@@ -18,6 +18,7 @@ import pytest
 import mmopt_export.files as files
 from mmopt_export.files import (
     read_json,
+    require_new_folder,
     require_output,
     require_space,
     same_artifact,
@@ -394,10 +395,12 @@ def test_an_output_beside_what_is_read_is_taken(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "old"]
 
 
-def test_an_output_below_a_file_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("require", [require_output, require_new_folder])
+def test_an_output_below_a_file_is_refused(require: Callable[[Path], None], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(InputError, match="lies below the file"):
-        require_output(tmp_path / "file" / "out")
+    for output in ("out", "deep/out"):
+        with pytest.raises(InputError, match="lies below the file"):
+            require(tmp_path / "file" / output)
 
 
 @pytest.mark.parametrize("replace", [False, True])

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mmopt_kernels._autocast import autocast_dtype
 from mmopt_kernels._seed import check_dropout, seed_on
+from mmopt_kernels._transforms import refuse_transforms
 from mmopt_kernels.attention import cpu
 from mmopt_kernels.attention.intervals import Intervals
 from mmopt_kernels.attention.ops import DTYPES, IMPLS  # registers the op too
@@ -118,6 +119,8 @@ def attention(
     Raises:
         KernelInputError: a shape, dtype, device or option does not match, or ``impl`` cannot run
             here.
+        NotImplementedError: a transform of `torch.func` would differentiate more than one call of
+            PyTorch's CPU kernel without intervals.
 
     Sources: Dao 2023, arXiv:2307.08691 (online softmax, recomputation in backward); Gemma Team
     2024, arXiv:2408.00118 (softcap); Xiao et al. 2023, arXiv:2309.17453 (sinks); Salmon et al.
@@ -136,6 +139,7 @@ def attention(
         out = cpu.direct(q, k, v, lo, hi, causal, scale)
         if out is not None:
             return out
+    refuse_transforms("attention", q, k, v, sinks)
     out, lse = torch.ops.mmopt.attention(
         q,
         k,

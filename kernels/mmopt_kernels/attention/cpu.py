@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from mmopt_kernels._transforms import transforming
 from mmopt_kernels.attention.philox import keep_mask
 from mmopt_kernels.attention.reference import sinks_backward
 
@@ -70,7 +71,7 @@ def direct(
     blocks: tuple[MaskedBlock, ...] = ()
     if lo is None and hi is None:
         maskless = _maskless(S, T, None, causal)
-    elif compiling or any(type(x) not in _PLAIN for x in (q, k, v)):
+    elif compiling or any(type(x) not in _PLAIN for x in (q, k, v)) or transforming():
         return None  # bounds have no values
     elif _keeps(lo, hi, T):
         maskless, blocks = _kept(_values(lo), _values(hi), S, T, causal, q.dtype)

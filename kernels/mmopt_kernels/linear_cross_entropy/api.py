@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mmopt_kernels._autocast import autocast_dtype
+from mmopt_kernels._transforms import refuse_transforms
 from mmopt_kernels.errors import KernelInputError
 from mmopt_kernels.linear_cross_entropy.ops import DTYPES, IMPLS  # registers the ops too
 
@@ -85,10 +86,12 @@ def linear_cross_entropy(
     Raises:
         KernelInputError: a shape, dtype, device or option does not match, a label is out of range
             (on a GPU an assertion on the device says so, later), or ``impl`` cannot run here.
+        NotImplementedError: a transform of `torch.func` would differentiate the call.
 
     Sources: Hsu et al. 2024, arXiv:2410.10989 (gradients in forward, by chunks); Szegedy et al.
     2016, arXiv:1512.00567 (label smoothing); Chowdhery et al. 2022, arXiv:2204.02311 (z-loss).
     """
+    refuse_transforms("linear_cross_entropy", hidden, weight, bias, token_weights, lora)
     dtype = autocast_dtype(hidden)
     if dtype is not None:
         hidden, weight = hidden.to(dtype), weight.to(dtype)

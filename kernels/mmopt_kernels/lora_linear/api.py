@@ -11,6 +11,7 @@ from torch import Tensor
 from mmopt_kernels import quantized
 from mmopt_kernels._autocast import autocast_dtype
 from mmopt_kernels._seed import check_dropout, seed_on
+from mmopt_kernels._transforms import refuse_transforms
 from mmopt_kernels.errors import KernelInputError
 from mmopt_kernels.lora_linear.ops import DTYPES, IMPLS  # registers the ops too
 from mmopt_kernels.quantized import Int8Weight, NF4Weight, Weight
@@ -93,12 +94,14 @@ def lora_linear(
     Raises:
         KernelInputError: a shape, dtype or device does not match, an index is outside the adapters
             (on a GPU an assertion on the device says so, later), or ``impl`` cannot run here.
+        NotImplementedError: a transform of `torch.func` would differentiate the call.
 
     Sources: Hu et al. 2021, arXiv:2106.09685, section 4.1; Liu et al. 2024, arXiv:2402.09353,
     section 4.3 (DoRA); Salmon et al. 2011, doi:10.1145/2063384.2063405 (Philox, the dropout's
     generator).
     """
     op = "lora_linear"
+    refuse_transforms(op, x, weight, a, b, bias, scale, magnitude)
     dtype = autocast_dtype(x)
     if dtype is not None:
         # The op casts the weight, without keeping the copy for backward.
@@ -143,8 +146,10 @@ def lora_linear_group(
 
     Raises:
         KernelInputError: as for `lora_linear`; the message tells the projection.
+        NotImplementedError: a transform of `torch.func` would differentiate the call.
     """
     op = "lora_linear_group"
+    refuse_transforms(op, x, projections)
     dtype = autocast_dtype(x)
     if dtype is not None:
         x = x.to(dtype)

@@ -23,6 +23,8 @@ _CLASS_DICT = ".__dict__)"
 # A place in a dict by its number.
 _REGISTRY = "dict.keys("
 _GONE = (AttributeError, IndexError, KeyError, TypeError)
+# What is said of an expression that leads nowhere.
+_ABSENT = "not there"
 
 
 def describe(value: Any) -> str:
@@ -75,9 +77,23 @@ class ModelState:
 
     @classmethod
     def of(
-        cls, names: Iterable[str], imports: Mapping[str, str], model: Any, arguments: Any
+        cls,
+        names: Iterable[str],
+        imports: Mapping[str, str],
+        model: Any,
+        arguments: Any,
+        *,
+        absent: Iterable[tuple[str, str]] = (),
     ) -> "ModelState":
-        """Describe the value of every expression in `names` that leads somewhere."""
+        """Describe the value of every expression in `names` that leads somewhere.
+
+        Args:
+            names: expressions.
+            imports: the module that each alias of `G` stands for.
+            model, arguments: what the graph was traced with.
+            absent: an expression, and the attribute or subscript that tracing asked it for. Those
+                that it did not have are facts too: once there, they would change the graph.
+        """
         scope = _scope(imports, model, arguments)
         facts = {}
         for name in dict.fromkeys(names):
@@ -93,6 +109,10 @@ class ModelState:
             if root == GLOBALS and isinstance(value, Mapping | list | set | tuple):
                 continue
             facts[name] = _of_argument(value) if root == ARGUMENTS else describe(value)
+        for name, step in dict.fromkeys(absent):
+            # What modules of Python hold depends on what else the process has used.
+            if _root(name) != GLOBALS and _is_absent(name, step, scope):
+                facts[name + step] = _ABSENT
         return cls(facts, imports)
 
     def difference(self, model: Any) -> str | None:
@@ -104,7 +124,7 @@ class ModelState:
             try:
                 found = describe(_evaluate(expression, scope))
             except _GONE:
-                found = "not there"
+                found = _ABSENT
             if found != fact:
                 return f"{_readable(expression)} is {found}, was {fact}"
         return None
@@ -130,7 +150,7 @@ class ModelState:
             try:
                 found = _of_argument(_evaluate(code, {ARGUMENTS: arguments}))
             except _GONE:
-                found = "not there"
+                found = _ABSENT
             if found != fact:
                 return f"{_readable(expression)} is {found}, was {fact}"
         return self._watch.changed()
@@ -152,11 +172,15 @@ class _Watch:
         self._values = [model]
         self._lines = ["def first_change(v0):"]
         constants: dict[str, Any] = {}
-        for number, (expression, _) in enumerate(self._facts):
-            place = self._follow(ast.parse(expression, mode="eval").body)
-            if place is not None:
+        for number, (expression, fact) in enumerate(self._facts):
+            node = ast.parse(expression, mode="eval").body
+            if fact == _ABSENT:
+                test = self._presence(node)
+            elif (place := self._follow(node)) is not None:
                 test = _difference(f"v{place}", self._values[place], f"c{number}", constants)
-                self._lines.append(f"    if {test}: return {number}")
+            else:
+                continue
+            self._lines.append(f"    if {test}: return {number}")
         self._lines.append("    return None")
         exec(compile("\n".join(self._lines), "<facts of a model>", "exec"), constants)
         self._first_change: Callable[[Any], int | None] = constants["first_change"]
@@ -183,6 +207,14 @@ class _Watch:
             self._values.append(eval(f"v{step}", {"v": self._values[parent]}))
             self._lines.append(f"    v{number} = v{parent}{step}")
         return self._steps[parent, step]
+
+    def _presence(self, node: ast.expr) -> str:
+        """The source of a test that the last step of `node` now leads somewhere."""
+        assert isinstance(node, ast.Attribute | ast.Subscript), "as ModelState.of writes them"
+        parent = self._follow(node.value)
+        if isinstance(node, ast.Attribute):
+            return f"hasattr(v{parent}, {node.attr!r})"
+        return f"{ast.unparse(node.slice)} in v{parent}"
 
     def changed(self) -> str | None:
         """The first value that is no longer what it was, or None."""
@@ -229,6 +261,20 @@ def _difference(value: str, was: Any, name: str, constants: dict[str, Any]) -> s
     return f"type({value}) is not {name}"
 
 
+def _is_absent(name: str, step: str, scope: dict[str, Any]) -> bool:
+    """Whether `name` leads somewhere, and `step` from there nowhere."""
+    try:
+        _evaluate(name, scope)
+    # As in ModelState.of.
+    except (*_GONE, NameError, SyntaxError, ValueError):
+        return False
+    try:
+        _evaluate(name + step, scope)
+    except _GONE:
+        return True
+    return False
+
+
 def _of_argument(value: Any) -> str:
     return "a tensor" if isinstance(value, Tensor) else describe(value)
 
@@ -261,14 +307,14 @@ def _root(expression: str) -> str:
 
 
 def _readable(expression: str) -> str:
-    """`model.layers.0.training` for `model._modules['layers']._modules['0'].training`."""
+    """`model.layers.training` for `model._modules['layers'].__dict__['training']`."""
     short = re.sub(
         r"(?:\.__dict__\['_(?:modules|parameters|buffers)'\]|"
         r"\._(?:modules|parameters|buffers))\['([^']*)'\]",
         r".\1",
         expression,
     )
-    return short.replace(".__dict__", "")
+    return re.sub(r"\.__dict__\['([^']*)'\]", r".\1", short).replace(".__dict__", "")
 
 
 def _is_constant(value: Any) -> bool:

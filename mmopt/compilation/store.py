@@ -94,10 +94,12 @@ def capture(
         InputError: the graph holds something that cannot leave the process.
     """
     names: list[str] = []
+    absent: list[tuple[str, str]] = []
 
     def keep(guards: Any) -> list[bool]:
         """Note what the graph relies on; leave Dynamo the guards on tensors and modes of torch."""
         names.extend(guard.name for guard in guards if guard.name)
+        absent.extend(asked for guard in guards if (asked := _asked_for(guard)) is not None)
         return [
             guard.guard_type in ("GLOBAL_STATE", "SHAPE_ENV")
             or (guard.guard_type == "TENSOR_MATCH" and guard.name.startswith(f"{ARGUMENTS}["))
@@ -118,11 +120,23 @@ def capture(
             "expected one graph of code that lies in files. Use mmopt.compile without a store."
         ) from error
     imports = function._artifacts.runtime_env.import_sources
-    state = ModelState.of(names, imports, model, given)
+    state = ModelState.of(names, imports, model, given, absent=absent)
     modules = sorted({source.module for source in source_info.inlined_sources})
     return StoredGraph(
         function, state, tuple(given), {name: _source_sha256(name) for name in modules}
     )
+
+
+def _asked_for(guard: Any) -> tuple[str, str] | None:
+    """The expression, and its attribute or subscript, whose absence this guard may be about."""
+    given = getattr(guard.orig_guard.create_fn, "keywords", {})
+    if guard.guard_type == "HASATTR":
+        return guard.name, f".{given['attr']}"
+    if guard.guard_type == "NOT_PRESENT_IN_GENERIC_DICT":
+        return f"{guard.name}.__dict__", f"[{given['attr']!r}]"
+    if guard.guard_type == "DICT_NOT_CONTAINS" and isinstance(given["key"], str | int):
+        return guard.name, f"[{given['key']!r}]"
+    return None
 
 
 def write_store(

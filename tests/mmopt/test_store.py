@@ -186,6 +186,53 @@ def test_what_is_changed_in_place_or_replaced_is_seen(stored):
     assert graph.mismatch(model, tokens(9)).endswith("LayerNorm was replaced")
 
 
+@torch.no_grad()
+def test_what_was_not_there_is_seen_once_it_is(stored):
+    """A method of the instance's own hides the one of its class, which was traced."""
+    model = classifier()
+    graph = mmopt.load_compiled(stored[0], model)._stored
+    layer = model.base_model.model.bert.encoder.layer[0]
+    layer.feed_forward_chunk = lambda attention_output: attention_output
+    changed = r"layer\.0\.feed_forward_chunk is function .*<lambda>, was not there"
+    assert re.search(changed, graph.mismatch(model, tokens(9)))
+    with pytest.raises(InputError, match=changed):
+        mmopt.load_compiled(stored[0], model)
+    del layer.feed_forward_chunk
+    assert graph.mismatch(model, tokens(9)) is None
+
+
+@pytest.mark.parametrize(
+    ("asked", "come", "reason"),
+    [
+        (
+            ("model.base_model.model", "._loss_function"),
+            lambda model: setattr(model.base_model.model, "loss_function", len),
+            "model.base_model.model._loss_function is builtin_function_or_method len",
+        ),
+        (
+            ("model.base_model.__dict__", "['forward']"),
+            lambda model: setattr(model.base_model, "forward", len),
+            "model.base_model.forward is builtin_function_or_method len",
+        ),
+        (
+            ("model.peft_config", "['second']"),
+            lambda model: model.peft_config.update(second=None),
+            "model.peft_config['second'] is None",
+        ),
+    ],
+)
+def test_an_absence_is_a_fact(asked, come, reason):
+    """Of an attribute, also one that a class could have, and of an entry; not of what is there."""
+    there = [("model", ".training"), ("model.peft_config", "['default']"), ("model.nowhere", ".x")]
+    model = decoder()
+    state = ModelState.of([], {}, model, {}, absent=[asked, *there])
+    assert state.facts == {"".join(asked): "not there"}
+    state.watch(model)
+    assert state.difference(model) is state.changed({}) is None
+    come(model)
+    assert state.difference(model) == state.changed({}) == f"{reason}, was not there"
+
+
 def test_an_argument_that_was_none_is_not_a_tensor_later():
     names = ["arguments", "arguments['ids']", "arguments['labels']"]
     model = classifier()
@@ -404,3 +451,12 @@ torch.save(found, {str(tmp_path / "found.pt")!r})
     assert loaded(**batch).loss.requires_grad
     with pytest.raises(InputError, match=r"attention_dropout is 0\.0, was 0\.1"):
         mmopt.load_compiled(tmp_path / "store", model)
+    # A loss of the user's own is seen before and after loading.
+    lossy = decoder()
+    lossy.base_model.model.loss_function = lambda logits, **_: logits.float().sum()
+    with pytest.raises(InputError, match=r"_loss_function is function .*, was not there"):
+        mmopt.load_compiled(tmp_path / "store", lossy)
+    loaded.module.base_model.model.loss_function = lossy.base_model.model.loss_function
+    output = loaded(**batch)
+    torch.testing.assert_close(output.loss, output.logits.float().sum())
+    assert "_loss_function is function" in loaded.recompiles[0].reason

@@ -9,6 +9,7 @@ only the second would make transformers drop the mask without a word.
 import ast
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,8 +25,8 @@ from mmopt_kernels.errors import InputError
 NAME = "mmopt"
 OP = "mmopt::attention"
 
-# Where a tower remembers what `undo` restores. On the module, not on its config: attributes of a
-# config are written to config.json.
+# Where a tower remembers what `undo` restores, as a _Former. On the module, not on its config:
+# attributes of a config are written to config.json.
 _FORMER = "_mmopt_former_attention"
 
 # What a model may hand to its attention function beyond what every one of them does (dropout,
@@ -55,11 +56,7 @@ def attach_attention(model: nn.Module, base: Any) -> tuple[list[Row], Callable[[
     Returns:
         A row per tower that has attention and per module of torch's own, and what undoes all.
     """
-    from transformers import AttentionInterface, AttentionMaskInterface
-
-    AttentionInterface.register(NAME, interval_attention)
-    AttentionMaskInterface.register(NAME, interval_mask)
-
+    _register()
     names = {module: name for name, module in model.named_modules()}
     towers = list(_towers(base))
     reasons = {tower: _why_not(tower) for tower in towers if _layers(tower)}
@@ -72,7 +69,7 @@ def attach_attention(model: nn.Module, base: Any) -> tuple[list[Row], Callable[[
         target[tower] = tower.config._attn_implementation if refused else NAME
     for tower in towers:
         if target[tower] == NAME and tower.config._attn_implementation != NAME:
-            setattr(tower, _FORMER, tower.config._attn_implementation)
+            setattr(tower, _FORMER, _Former(tower.config._attn_implementation))
     _set(target)
 
     rows = [
@@ -93,8 +90,27 @@ def _restore(towers: list[Any]) -> None:
         target[tower] = tower.config._attn_implementation
         former = tower.__dict__.pop(_FORMER, None)
         if former is not None and target[tower] == NAME:
-            target[tower] = former
+            target[tower] = former.implementation
     _set(target)
+
+
+def _register() -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(NAME, interval_attention)
+    AttentionMaskInterface.register(NAME, interval_mask)
+
+
+@dataclass(frozen=True)
+class _Former:
+    """The attention of a tower before this one."""
+
+    implementation: str
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # The process that unpickles the tower may not have called mmopt.optimize.
+        _register()
+        self.__dict__.update(state)
 
 
 def _set(target: dict[Any, str]) -> None:

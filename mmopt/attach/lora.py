@@ -6,12 +6,12 @@ that state on every call. What the op does not compute exactly as PEFT defines i
 """
 
 from collections.abc import Callable
-from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mmopt.attach.method import Method
 from mmopt.attach.peft_layers import (
     adapter_obstacle,
     adapters_at_work,
@@ -67,7 +67,7 @@ def attach_lora(model: nn.Module) -> tuple[list[Row], Callable[[], None]]:
             package = type(layer).__module__.removeprefix("peft.tuners.").partition(".")[0]
             reason = f"its adapter is {package}'s {type(layer).__name__}, expected LoRA"
         if reason is None:
-            layer.forward = MethodType(_forward, layer)
+            layer.forward = Method(_forward, layer)
             attached.append(layer)
             rows.append(Row(name, "lora", OP, _remark(layer)))
         else:
@@ -82,7 +82,8 @@ def _restore(layers: list[Any]) -> None:
 
 
 def is_attached(layer: Any) -> bool:
-    return getattr(layer.__dict__.get("forward"), "__func__", None) is _forward
+    forward = layer.__dict__.get("forward")
+    return isinstance(forward, Method) and forward.__func__ is _forward
 
 
 def _why_never(layer: Any) -> str | None:

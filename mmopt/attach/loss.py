@@ -9,7 +9,6 @@ looked at on every call; what the op does not compute exactly, the model's own f
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from torch.nn.functional import pad
 
 from mmopt.attach.lora import is_attached as is_lora_attached
 from mmopt.attach.loss_source import without_logits
+from mmopt.attach.method import Method
 from mmopt.attach.peft_layers import (
     adapter_obstacle,
     adapters_at_work,
@@ -75,7 +75,7 @@ def attach_loss(model: nn.Module) -> tuple[list[Row], Callable[[], None]]:
             return [Row("", "loss", None, str(reason))], lambda: None
         base.__dict__[_STATE] = state
         if "forward" not in base.__dict__:
-            base.forward = MethodType(_replacement(type(base).forward), base)
+            base.forward = Method(_Forward(type(base).forward), base)
     obstacle = _head_obstacle(getattr(base, state.head), state, training=True)
     remark = _NO_LOGITS if obstacle is None else f"{obstacle}: the model's own loss meanwhile"
     return [Row("", "loss", OP, remark)], lambda: _restore(base)
@@ -94,9 +94,7 @@ def _restore(base: Any) -> None:
 
 
 def _is_ours(forward: Any) -> bool:
-    function = getattr(forward, "__func__", forward)
-    # Marked with itself, because functools.wraps copies marks.
-    return getattr(function, _STATE, None) is function
+    return isinstance(getattr(forward, "__func__", forward), _Forward)
 
 
 def _prepare(base: Any) -> _Attached:
@@ -118,18 +116,22 @@ def _prepare(base: Any) -> _Attached:
     return _Attached(forward, head, scaled, ForCausalLMLoss)
 
 
-def _replacement(own: Callable[..., Any]) -> Callable[..., Any]:
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        state = getattr(self, _STATE, None)
-        if state is None or not _is_covered(self, state, kwargs):
-            return own(self, *args, **kwargs)
-        return state.forward(self, *args, **kwargs)
+@dataclass(frozen=True)
+class _Forward:
+    """In the place of `own`, the forward of the model's class."""
 
-    # The trainer reads the signature. Not functools.wraps: accelerate unwraps what has __wrapped__.
-    forward.__signature__ = inspect.signature(own)  # type: ignore[attr-defined]
-    forward.__doc__ = own.__doc__
-    setattr(forward, _STATE, forward)
-    return forward
+    own: Callable[..., Any]
+
+    def __call__(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        state = getattr(model, _STATE, None)
+        if state is None or not _is_covered(model, state, kwargs):
+            return self.own(model, *args, **kwargs)
+        return state.forward(model, *args, **kwargs)
+
+    # The trainer reads it. Not functools.wraps: accelerate unwraps what has __wrapped__.
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.own)
 
 
 # --- what is at work: plain attribute reads in a fixed order, which Dynamo turns into guards ------

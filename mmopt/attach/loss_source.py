@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from operator import attrgetter
 from typing import Any
 
-from mmopt.attach.source import CannotRewriteError, compiled_again, definition_of, placed
+from mmopt.attach.source import CannotRewriteError, Rewritten, definition_of, placed
 
 _LOSS = "mmopt_loss"
 
@@ -38,7 +38,7 @@ def without_logits(
     """
     definition = definition_of(forward, "forward")
     scaled = _replace_end(definition, model, head)
-    return compiled_again(definition, forward, "forward", {_LOSS: loss}), scaled
+    return Rewritten(definition, forward, "forward", {_LOSS: loss}), scaled
 
 
 # --- the end of a forward -------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """A method of transformers, read as source and compiled again with a few lines changed.
 
 What runs is one plain function: nothing has to be switched around a call, and a compiler traces it
-like the original.
+like the original. It is nowhere to be imported from, so that `Rewritten` pickles its source.
 """
 
 import ast
@@ -58,7 +58,42 @@ def definition_of(method: Callable[..., Any], name: str) -> ast.FunctionDef:
     return definition
 
 
-def compiled_again(
+class Rewritten:
+    """A method with a few lines changed: called like it, and pickled as what it is made of.
+
+    Attributes:
+        function: what a call runs.
+
+    Raises:
+        CannotRewriteError: another decorator than those in the source is around the method.
+    """
+
+    def __init__(
+        self,
+        definition: ast.FunctionDef,
+        method: Callable[..., Any],
+        name: str,
+        names: Mapping[str, Any],
+    ) -> None:
+        """Compile `definition`; the arguments are those of `_compiled_again`."""
+        self._made_of = (definition, method, name, dict(names))
+        self.function = _compiled_again(definition, method, name, names)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.function)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Rewritten, self._made_of
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Rewritten":
+        return self  # as a function
+
+
+def _compiled_again(
     definition: ast.FunctionDef,
     method: Callable[..., Any],
     name: str,

@@ -2,9 +2,11 @@
 
 import copy
 import json
+import pickle
 import subprocess
 import sys
 
+import families
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -469,6 +471,46 @@ def test_copy_of_an_attached_model_is_attached_to_itself():
         for parameter in model.parameters():
             parameter.zero_()
     assert other(**text()).logits.abs().sum() > 0
+
+
+def step(model, batch):
+    torch.manual_seed(0)
+    loss = model(**batch).loss
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [loss, *torch.autograd.grad(loss, trained, materialize_grads=True)]
+
+
+@pytest.mark.parametrize("loss", [True, False], ids=["loss", "no-loss"])
+@pytest.mark.parametrize("family", ["bert", "gpt2", "qwen2.5-vl"])
+def test_a_pickled_model_comes_back_optimized(family, loss):
+    """With what calls methods of PEFT, of transformers and rewritten ones; `undo` reaches it."""
+    torch.manual_seed(0)
+    model = families.with_adapter(families.FAMILIES[family].model()).train()
+    report = mmopt.optimize(model, loss=loss)
+    other = pickle.loads(pickle.dumps(model))
+    batch = families.FAMILIES[family].batch(0)
+    torch.testing.assert_close(step(other, batch), step(model, batch))
+    again = mmopt.optimize(other, loss=loss)
+    assert again.rows == report.rows
+    again.undo()
+    assert not any("forward" in vars(module) for module in other.modules())
+    report.undo()
+    assert other.base_model.model.config._attn_implementation == "sdpa"
+    torch.testing.assert_close(step(other, batch), step(model, batch))
+
+
+def test_a_process_that_only_unpickles_has_the_attention(tmp_path):
+    model = build(bert)
+    mmopt.optimize(model)
+    torch.save(model, tmp_path / "model.pt")
+    code = f"""
+import torch
+model = torch.load({str(tmp_path / "model.pt")!r}, weights_only=False)
+assert model.config._attn_implementation == "mmopt"
+print(model(input_ids=torch.ones(2, 3, dtype=torch.int64)).logits.shape)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.stdout.strip() == "torch.Size([2, 3])", run.stderr[-2000:]
 
 
 @pytest.mark.parametrize(

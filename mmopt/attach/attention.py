@@ -178,6 +178,11 @@ def _why_not(tower: Any) -> str | None:
         for option in _NOT_IN_THE_OP:
             if option in _passed(layer):
                 return f"{type(layer).__name__} passes {option} to its attention function"
+        if mask := _computed_mask(layer):
+            return (
+                f"{type(layer).__name__} computes the mask that it passes to its attention "
+                f"function, {mask}: it needs the model's as a tensor, or adds to the scores"
+            )
     if getattr(config, "output_attentions", False):
         return "config.output_attentions asks for attention weights, which are never formed"
     return None
@@ -211,13 +216,12 @@ def _has_no_mask(tower: Any) -> bool:
                 if node.id != "attention_mask" or not isinstance(node.ctx, ast.Load):
                     return False
             elif isinstance(node, ast.Call):
-                given = [word.value for word in node.keywords if word.arg == "attention_mask"]
                 called = ast.unparse(node.func)
                 if called.endswith("scaled_dot_product_attention"):
                     return False
                 if called == "attention_interface":
                     dispatches = True
-                    given += node.args[4:5]
+                given = _given_masks(node)
                 if any(ast.unparse(mask) not in ("attention_mask", "None") for mask in given):
                     return False
     return dispatches
@@ -245,6 +249,46 @@ def _passed(layer: nn.Module) -> set[str]:
         for keyword in node.keywords
         if keyword.arg is not None
     }
+
+
+def _computed_mask(layer: nn.Module) -> str | None:
+    """What the layer's forward computes, rather than chooses, to hand over as a mask, or None.
+
+    Bounds may be chosen among (by layer type, or those of an encoder), not computed with. Doge's
+    mask depends on its values; those of Swin and Parakeet are biases of positions.
+    """
+    tree = _source(type(layer))
+    if tree is None:
+        return None
+    assigned: dict[str, list[ast.expr]] = {}
+    handed_over: list[ast.expr] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign):
+            for target in node.targets:
+                if isinstance(target, ast.Name):
+                    assigned.setdefault(target.id, []).append(node.value)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "attention_interface":
+            handed_over += _given_masks(node)
+
+    def is_computed(value: ast.expr) -> bool:
+        if isinstance(value, ast.Name):
+            # Once: what is assigned may name itself.
+            return any(map(is_computed, assigned.pop(value.id, [])))
+        if isinstance(value, ast.IfExp):
+            return is_computed(value.body) or is_computed(value.orelse)
+        if isinstance(value, ast.Subscript):
+            return is_computed(value.value)
+        if isinstance(value, ast.Call) and ast.unparse(value.func).endswith(".get"):
+            return False
+        return not isinstance(value, ast.Constant)
+
+    return next((ast.unparse(mask) for mask in handed_over if is_computed(mask)), None)
+
+
+def _given_masks(call: ast.Call) -> list[ast.expr]:
+    """The mask that a call hands over: by name, or as the fifth argument of attention."""
+    named = [word.value for word in call.keywords if word.arg == "attention_mask"]
+    return named + (call.args[4:5] if ast.unparse(call.func) == "attention_interface" else [])
 
 
 def interval_mask(

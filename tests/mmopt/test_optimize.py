@@ -20,6 +20,8 @@ from transformers import (
     CLIPModel,
     DeepseekV32Config,
     DeepseekV32ForCausalLM,
+    DogeConfig,
+    DogeForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LayoutLMConfig,
@@ -30,6 +32,8 @@ from transformers import (
     MistralForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
+    SwinConfig,
+    SwinForImageClassification,
     T5Config,
     T5ForConditionalGeneration,
     ViTConfig,
@@ -378,6 +382,16 @@ class NoDispatchModel(PreTrainedModel):
             "DeepseekV32Attention passes indices to its attention function",
         ),
         (
+            lambda: DogeForCausalLM(DogeConfig(**SMALL, num_key_value_heads=2)),
+            "DogeAttention computes the mask that it passes to its attention function, attn_mask",
+        ),
+        (
+            lambda: SwinForImageClassification(
+                SwinConfig(image_size=16, patch_size=4, embed_dim=8, depths=[1], num_heads=[2])
+            ),
+            "SwinAttention computes the mask that it passes to its attention function, combined",
+        ),
+        (
             lambda: LayoutLMModel(LayoutLMConfig(**SMALL)),
             "does not support other attention backends",
         ),
@@ -386,7 +400,16 @@ class NoDispatchModel(PreTrainedModel):
             "asks for attention weights",
         ),
     ],
-    ids=["own-class", "bloom", "t5", "deepseek-v32-sparse", "layoutlm-own-masks", "weights"],
+    ids=[
+        "own-class",
+        "bloom",
+        "t5",
+        "deepseek-v32-sparse",
+        "doge",
+        "swin",
+        "layoutlm-own-masks",
+        "weights",
+    ],
 )
 def test_attention_that_the_op_cannot_serve_is_left_alone(factory, reason):
     """With the reason in the report, and the implementation as it was."""

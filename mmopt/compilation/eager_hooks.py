@@ -27,6 +27,14 @@ def keep_out_of_graphs(model: nn.Module) -> None:
                 module._forward_hooks[key] = _eager_only(hook)
 
 
+def added_hooks(base: Any) -> Any:
+    """What tells one `enable_input_require_grads` of a PreTrainedModel from the next: its handles.
+
+    Cheap enough for every call.
+    """
+    return vars(base).get("_require_grads_hooks")
+
+
 def _eager_only(hook: Callable[..., Any]) -> Callable[..., Any]:
     def unless_traced(module: nn.Module, args: Any, output: Any) -> Any:
         return None if torch.compiler.is_compiling() else hook(module, args, output)

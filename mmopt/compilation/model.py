@@ -15,7 +15,7 @@ from torch._dynamo.utils import graph_break_reasons
 from torch._inductor.compile_fx import compile_fx
 
 from mmopt.attach.optimize import transformers_model
-from mmopt.compilation.eager_hooks import keep_out_of_graphs
+from mmopt.compilation.eager_hooks import added_hooks, keep_out_of_graphs
 from mmopt.compilation.lowerings import keep_lengths_free
 from mmopt.compilation.parity import compare
 from mmopt.compilation.prepare import prepared
@@ -105,6 +105,8 @@ class CompiledModel:
         )
         keep_lengths_free()
         keep_out_of_graphs(module)
+        self._base = transformers_model(module)
+        self._eager_hooks = added_hooks(self._base)
         self._regions = regions_of(module)
         if self._regions == [module]:
             self._run = compiler(module)
@@ -129,6 +131,10 @@ class CompiledModel:
                 self._unfit = self._stored.mismatch(self.module, arguments)
                 if self._unfit is None:
                     return self._stored(self.module, arguments)
+        # Checkpointing may have been enabled since.
+        if (hooks := added_hooks(self._base)) is not self._eager_hooks:
+            keep_out_of_graphs(self.module)
+            self._eager_hooks = hooks
         known = len(graph_break_reasons)
         self._failures.clear()
         self._calling = True

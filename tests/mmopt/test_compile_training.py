@@ -265,6 +265,18 @@ def saved_bytes(call, given):
     return sum(kept.values())
 
 
+@pytest.mark.usefixtures("without_inductor")
+def test_checkpointing_enabled_after_compiling_breaks_no_graph():
+    model = adapted(bert(), dropout=0.0)
+    compiled = mmopt.compile(model, classes(24))
+    model.gradient_checkpointing_enable()
+    _, expected = step(model, model, classes(24))
+    _, found = step(compiled, model, classes(24))
+    assert parity.compare("gradients", expected, found).holds
+    assert compiled.graph_breaks == ()
+    assert len(compiled.recompiles) == 1
+
+
 @lowered("reentrant", False, True)
 def test_checkpointing_recomputes_the_dropout_that_it_saw(reentrant, graphs):
     """Of adapters and attention: gradients are the derivative of the seeded loss, for less memory.

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmopt.attach.method import Method
+from mmopt.attach.method import method_of
 from mmopt.attach.peft_layers import (
     adapter_obstacle,
     adapters_at_work,
@@ -67,7 +67,7 @@ def attach_lora(model: nn.Module) -> tuple[list[Row], Callable[[], None]]:
             package = type(layer).__module__.removeprefix("peft.tuners.").partition(".")[0]
             reason = f"its adapter is {package}'s {type(layer).__name__}, expected LoRA"
         if reason is None:
-            layer.forward = Method(_forward, layer)
+            layer.forward = method_of(layer, _forward)
             attached.append(layer)
             rows.append(Row(name, "lora", OP, _remark(layer)))
         else:
@@ -82,8 +82,7 @@ def _restore(layers: list[Any]) -> None:
 
 
 def is_attached(layer: Any) -> bool:
-    forward = layer.__dict__.get("forward")
-    return isinstance(forward, Method) and forward.__func__ is _forward
+    return getattr(layer.__dict__.get("forward"), "__func__", None) is _forward
 
 
 def _why_never(layer: Any) -> str | None:

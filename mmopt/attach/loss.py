@@ -8,7 +8,8 @@ looked at on every call; what the op does not compute exactly, the model's own f
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from torch.nn.functional import pad
 
 from mmopt.attach.lora import is_attached as is_lora_attached
 from mmopt.attach.loss_source import without_logits
-from mmopt.attach.method import Method
+from mmopt.attach.method import method_of
 from mmopt.attach.peft_layers import (
     adapter_obstacle,
     adapters_at_work,
@@ -45,16 +46,24 @@ class _Attached:
     """What the replaced forward needs.
 
     Attributes:
-        forward: the model's own, without the logits.
+        make: compiles `forward`.
         head: the name of its output layer.
         scaled: whether it scales the hidden states in the logits' place.
         loss: the only loss function that the op computes, transformers' ForCausalLMLoss.
+        forward: the model's own, without the logits.
     """
 
-    forward: Callable[..., Any]
+    make: Callable[[], Callable[..., Any]]
     head: str
     scaled: bool
     loss: Callable[..., Any]
+    forward: Callable[..., Any] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "forward", self.make())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Attached, (self.make, self.head, self.scaled, self.loss)
 
 
 def attach_loss(model: nn.Module) -> tuple[list[Row], Callable[[], None]]:
@@ -75,7 +84,8 @@ def attach_loss(model: nn.Module) -> tuple[list[Row], Callable[[], None]]:
             return [Row("", "loss", None, str(reason))], lambda: None
         base.__dict__[_STATE] = state
         if "forward" not in base.__dict__:
-            base.forward = Method(_Forward(type(base).forward), base)
+            make = partial(_replacement, type(base).forward)
+            base.forward = method_of(base, make(), make)
     obstacle = _head_obstacle(getattr(base, state.head), state, training=True)
     remark = _NO_LOGITS if obstacle is None else f"{obstacle}: the model's own loss meanwhile"
     return [Row("", "loss", OP, remark)], lambda: _restore(base)
@@ -94,7 +104,9 @@ def _restore(base: Any) -> None:
 
 
 def _is_ours(forward: Any) -> bool:
-    return isinstance(getattr(forward, "__func__", forward), _Forward)
+    function = getattr(forward, "__func__", forward)
+    # Marked with itself, because functools.wraps copies marks.
+    return getattr(function, _STATE, None) is function
 
 
 def _prepare(base: Any) -> _Attached:
@@ -110,28 +122,24 @@ def _prepare(base: Any) -> _Attached:
     if base.loss_function is not ForCausalLMLoss:
         name = getattr(base.loss_function, "__name__", type(base.loss_function).__name__)
         raise CannotRewriteError(f"its loss is {name}, expected ForCausalLMLoss")
-    forward, scaled = without_logits(type(base).forward, base, head, _loss)
+    make, scaled = without_logits(type(base).forward, base, head, _loss)
     if reason := _why_never(output, scaled):
         raise CannotRewriteError(reason)
-    return _Attached(forward, head, scaled, ForCausalLMLoss)
+    return _Attached(make, head, scaled, ForCausalLMLoss)
 
 
-@dataclass(frozen=True)
-class _Forward:
-    """In the place of `own`, the forward of the model's class."""
+def _replacement(own: Callable[..., Any]) -> Callable[..., Any]:
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        state = getattr(self, _STATE, None)
+        if state is None or not _is_covered(self, state, kwargs):
+            return own(self, *args, **kwargs)
+        return state.forward(self, *args, **kwargs)
 
-    own: Callable[..., Any]
-
-    def __call__(self, model: Any, *args: Any, **kwargs: Any) -> Any:
-        state = getattr(model, _STATE, None)
-        if state is None or not _is_covered(model, state, kwargs):
-            return self.own(model, *args, **kwargs)
-        return state.forward(model, *args, **kwargs)
-
-    # The trainer reads it. Not functools.wraps: accelerate unwraps what has __wrapped__.
-    @property
-    def __signature__(self) -> inspect.Signature:
-        return inspect.signature(self.own)
+    # The trainer reads the signature. Not functools.wraps: accelerate unwraps what has __wrapped__.
+    forward.__signature__ = inspect.signature(own)  # type: ignore[attr-defined]
+    forward.__doc__ = own.__doc__
+    setattr(forward, _STATE, forward)
+    return forward
 
 
 # --- what is at work: plain attribute reads in a fixed order, which Dynamo turns into guards ------

@@ -8,10 +8,11 @@ switched around a call: what runs is one plain function.
 
 import ast
 from collections.abc import Callable, Sequence
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
-from mmopt.attach.source import CannotRewriteError, Rewritten, definition_of, placed
+from mmopt.attach.source import CannotRewriteError, compiled_again, definition_of, placed
 
 _LOSS = "mmopt_loss"
 
@@ -22,23 +23,24 @@ _TANH = ("torch.tanh", "nn.functional.tanh", "F.tanh")
 
 def without_logits(
     forward: Callable[..., Any], model: Any, head: str, loss: Callable[..., Any]
-) -> tuple[Callable[..., Any], bool]:
-    """`forward` of the model's class, which computes its loss from hidden states.
+) -> tuple[Callable[[], Callable[..., Any]], bool]:
+    """What compiles `forward` of the model's class so that its loss comes from hidden states.
 
     `self.<head>(x)` became `x`, and `self.loss_function(logits, labels, ...)` became
     `loss(self.<head>, softcap, x, labels, ...)`. The logits in what it returns are None. To be
     called with `labels`, and to return no tuple.
 
     Returns:
-        The function, and whether it scales the hidden states in the logits' place, which for an
-        output layer with a bias is not the same.
+        What makes the function, which can be pickled, and whether the function scales the hidden
+        states in the logits' place, which for an output layer with a bias is not the same.
 
     Raises:
-        CannotRewriteError: the logits have another use, or the source is not at hand.
+        CannotRewriteError: the logits have another use, or the source is not at hand; from what is
+            returned, another decorator than those in the source is around `forward`.
     """
     definition = definition_of(forward, "forward")
     scaled = _replace_end(definition, model, head)
-    return Rewritten(definition, forward, "forward", {_LOSS: loss}), scaled
+    return partial(compiled_again, definition, forward, "forward", {_LOSS: loss}), scaled
 
 
 # --- the end of a forward -------------------------------------------------------------------------

@@ -1,27 +1,46 @@
-"""What is put in the place of a module's method, on the instance."""
+"""Functions as methods of modules whose class does not have them, and how those are pickled.
 
-import inspect
+They are MethodType, for which torch.compile has a rule of its own: modules share a graph when their
+methods share a function. Of a method pickle writes only its name, to be looked up on a module that
+it has yet to fill.
+"""
+
+import copyreg
 from collections.abc import Callable
-from types import MethodType
+from multiprocessing.reduction import ForkingPickler
+from types import FunctionType, MethodType
 from typing import Any
+from weakref import WeakKeyDictionary
+
+Maker = Callable[[], Any]
+
+_MAKERS: WeakKeyDictionary[Any, Maker | None] = WeakKeyDictionary()
 
 
-class Method:
-    """A function bound to a module whose class does not have it.
+def method_of(module: Any, function: Any, make: Maker | None = None) -> MethodType:
+    """Bind `function` to `module`, so that it is pickled with it.
 
-    As MethodType, whose names it has, but that pickle would look for such a function by its name
-    on the module that it has yet to fill.
+    Args:
+        module: any object.
+        function: where `make` is None, one that can be imported by its name.
+        make: returns the function in another process; can be pickled.
     """
+    _MAKERS[function] = make
+    return MethodType(function, module)
 
-    __slots__ = ("__func__", "__self__")
 
-    def __init__(self, function: Callable[..., Any], module: Any) -> None:
-        self.__func__ = function
-        self.__self__ = module
+def _reduced(method: MethodType) -> Any:
+    function = method.__func__
+    if not isinstance(function, FunctionType) or function not in _MAKERS:
+        return method.__reduce__()
+    make = _MAKERS[function]
+    return _unpickled, (method.__self__, function if make is None else None, make)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.__func__(self.__self__, *args, **kwargs)
 
-    @property
-    def __signature__(self) -> inspect.Signature:
-        return inspect.signature(MethodType(self.__func__, self.__self__))
+def _unpickled(module: Any, function: Any, make: Maker | None) -> MethodType:
+    return method_of(module, function if make is None else make(), make)
+
+
+copyreg.pickle(MethodType, _reduced)
+# Between processes multiprocessing has its own way, by name as well.
+ForkingPickler.register(MethodType, _reduced)

@@ -1,7 +1,7 @@
 """A method of transformers, read as source and compiled again with a few lines changed.
 
 What runs is one plain function: nothing has to be switched around a call, and a compiler traces it
-like the original. It is nowhere to be imported from, so that `Rewritten` pickles its source.
+like the original.
 """
 
 import ast
@@ -58,48 +58,15 @@ def definition_of(method: Callable[..., Any], name: str) -> ast.FunctionDef:
     return definition
 
 
-class Rewritten:
-    """A method with a few lines changed: called like it, and pickled as what it is made of.
-
-    Attributes:
-        function: what a call runs.
-
-    Raises:
-        CannotRewriteError: another decorator than those in the source is around the method.
-    """
-
-    def __init__(
-        self,
-        definition: ast.FunctionDef,
-        method: Callable[..., Any],
-        name: str,
-        names: Mapping[str, Any],
-    ) -> None:
-        """Compile `definition`; the arguments are those of `_compiled_again`."""
-        self._made_of = (definition, method, name, dict(names))
-        self.function = _compiled_again(definition, method, name, names)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.function(*args, **kwargs)
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        return inspect.signature(self.function)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Rewritten, self._made_of
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Rewritten":
-        return self  # as a function
-
-
-def _compiled_again(
+def compiled_again(
     definition: ast.FunctionDef,
     method: Callable[..., Any],
     name: str,
     names: Mapping[str, Any],
 ) -> Callable[..., Any]:
     """The changed function, at home in the same module and file.
+
+    No process can import it; the arguments can be pickled, and do not change what they make again.
 
     Args:
         names: what the changed lines call, by names that the module does not have.

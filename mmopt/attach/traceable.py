@@ -8,6 +8,7 @@ within pieces of a sequence, which mmopt's op takes all at once.
 
 import ast
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,10 +16,12 @@ from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 
 from mmopt.attach.attention import NAME
-from mmopt.attach.method import Method
+from mmopt.attach.method import method_of
 from mmopt.attach.report import Row
-from mmopt.attach.source import CannotRewriteError, Rewritten, definition_of, placed
+from mmopt.attach.source import CannotRewriteError, compiled_again, definition_of, placed
 from mmopt_kernels.errors import InputError
+
+_MARK = "_mmopt_traceable"  # on the functions made here
 
 # A rule changes a method's source in place and says what the change is, or None without one.
 Rule = Callable[[ast.FunctionDef], str | None]
@@ -42,11 +45,12 @@ def attach_traceable(model: nn.Module, base: Any) -> tuple[list[Row], Callable[[
                     continue
                 if name in module.__dict__ and not _is_ours(module.__dict__[name]):
                     raise CannotRewriteError(f"its {name} is already replaced by something else")
-                made = Rewritten(definition, method, name, _NAMES)
+                make = partial(_marked, definition, method, name)
+                made = make()
             except CannotRewriteError as reason:
                 rows.append(Row(names[module], "graph", None, str(reason)))
                 continue
-            setattr(module, name, Method(made, module))
+            setattr(module, name, method_of(module, made, make))
             attached.append((module, name))
             rows.append(Row(names[module], "graph", f"traceable {name}", remark))
     return rows, lambda: _restore(attached)
@@ -58,8 +62,16 @@ def _restore(attached: list[tuple[Any, str]]) -> None:
             delattr(module, name)
 
 
+def _marked(
+    definition: ast.FunctionDef, method: Callable[..., Any], name: str
+) -> Callable[..., Any]:
+    made = compiled_again(definition, method, name, _NAMES)
+    setattr(made, _MARK, True)
+    return made
+
+
 def _is_ours(method: Any) -> bool:
-    return isinstance(getattr(method, "__func__", None), Rewritten)
+    return hasattr(getattr(method, "__func__", method), _MARK)
 
 
 def _rules(module: nn.Module) -> Iterator[tuple[str, Rule]]:

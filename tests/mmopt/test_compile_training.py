@@ -438,6 +438,16 @@ def test_an_adapter_that_is_loaded_is_followed_with_one_recompile(graphs, tmp_pa
     here.check(1, FUSED)
 
 
+def test_undone_and_optimized_again_a_model_has_its_graph_back(graphs):
+    model = adapted(bert())
+    report = mmopt.optimize(model)
+    compiled = mmopt.compile(model, classes(12))
+    report.undo()
+    mmopt.optimize(model)
+    compiled(**classes(12))
+    assert compiled.recompiles == ()
+
+
 @pytest.mark.slow
 def test_adapters_added_and_switched_are_followed(graphs):
     """Each state is compiled once; layers new to adapters use the op after optimize() again."""

@@ -5,6 +5,7 @@ import json
 import pickle
 import subprocess
 import sys
+from multiprocessing.reduction import ForkingPickler
 
 import families
 import pytest
@@ -503,14 +504,15 @@ def step(model, batch):
     return [loss, *torch.autograd.grad(loss, trained, materialize_grads=True)]
 
 
+@pytest.mark.parametrize("dumps", [pickle.dumps, ForkingPickler.dumps], ids=["file", "process"])
 @pytest.mark.parametrize("loss", [True, False], ids=["loss", "no-loss"])
 @pytest.mark.parametrize("family", ["bert", "gpt2", "qwen2.5-vl"])
-def test_a_pickled_model_comes_back_optimized(family, loss):
+def test_a_pickled_model_comes_back_optimized(family, loss, dumps):
     """With what calls methods of PEFT, of transformers and rewritten ones; `undo` reaches it."""
     torch.manual_seed(0)
     model = families.with_adapter(families.FAMILIES[family].model()).train()
     report = mmopt.optimize(model, loss=loss)
-    other = pickle.loads(pickle.dumps(model))
+    other = pickle.loads(dumps(model))
     batch = families.FAMILIES[family].batch(0)
     torch.testing.assert_close(step(other, batch), step(model, batch))
     again = mmopt.optimize(other, loss=loss)

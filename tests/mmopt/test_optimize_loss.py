@@ -803,13 +803,14 @@ def test_known_ends_hand_hidden_states_and_cap_to_the_loss(case, tmp_path):
         given.append(args)
         return "the loss"
 
-    forward, scaled = without_logits(compiled_from(source, tmp_path), Holder(), "lm_head", loss)
+    make, scaled = without_logits(compiled_from(source, tmp_path), Holder(), "lm_head", loss)
+    forward = make()
     holder = Holder()
     holder.lm_head = "the layer"
     assert forward(holder, 8.0, labels="labels") == {"loss": "the loss", "logits": None}
     assert given == [("the layer", cap, 8.0 * factor, "labels", 9)]
     assert scaled == (factor != 1)
-    assert forward.function.__code__.co_filename == str(tmp_path / "modeling.py")
+    assert forward.__code__.co_filename == str(tmp_path / "modeling.py")
 
 
 def test_a_forward_without_source_is_refused():

@@ -138,14 +138,8 @@ def test_clip_finds_the_end_of_a_text_without_argmax_for_cuda_alone(tmp_path: Pa
     assert not is_changed(nodes)
 
 
-@pytest.mark.parametrize(
-    "family",
-    [
-        "t5",
-        pytest.param("bart", marks=pytest.mark.slow),
-        pytest.param("whisper", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["t5", "bart", "whisper"])
 def test_decoders_write_the_sizes_that_positions_meet_for_cuda(tmp_path: Path, family: str) -> None:
     save_seq2seq(tmp_path, family)
     nodes = traced(tmp_path, "decoder", "cuda")

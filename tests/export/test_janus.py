@@ -119,6 +119,7 @@ def test_guidance_and_words_decide_what_is_drawn() -> None:
     np.testing.assert_array_equal(own[:1], generator.draw(prompts[:1]).tokens)
 
 
+@pytest.mark.slow
 def test_guidance_below_one_is_refused() -> None:
     """It would draw what the words do not say."""
     with pytest.raises(InputError, match=r"guidance is 0\.5, expected 1 or more"):

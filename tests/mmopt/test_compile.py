@@ -52,13 +52,10 @@ def batch_of(model, length, *, rows=3):
     return example_batch(transformers_model(model), batch=rows, length=length, train=True)
 
 
+# Op by op test_families.py has one graph at every size too.
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "factory",
-    [
-        pytest.param(bert, id="bert"),
-        # Of Llama test_families.py has one graph at every size too.
-        pytest.param(llama, id="llama-gqa", marks=pytest.mark.slow),
-    ],
+    "factory", [pytest.param(bert, id="bert"), pytest.param(llama, id="llama-gqa")]
 )
 def test_one_graph_trains_at_every_length_and_matches_eager(factory):
     """Attention and LoRA attached: outputs, loss and gradients; no break, no recompile."""

@@ -444,7 +444,7 @@ def test_emitted_kernels_appear_whole(compiled: list[Any], tmp_path: Path) -> No
     (["--check", "{tmp}/none.json"], "none.json does not exist"),
     (["--update", "{tmp}/none/kernels.json"], "expected a file in a folder that exists"),
     (["--emit", "{tmp}/full"], "a folder that is not empty"),
-    (["--emit", "{tmp}/full/file/out"], "cannot be written"),
+    (["--emit", "{tmp}/full/file/out"], "lies below the file"),
     (["--emit", "/proc/none/out"], "cannot be written"),
     (["--update", "{tmp}/full"], "expected a file in a folder that exists"),
 ])  # fmt: skip

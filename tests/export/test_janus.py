@@ -3,6 +3,8 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnx
@@ -163,3 +165,13 @@ def test_another_architecture_is_refused_by_name(tmp_path: Path) -> None:
     tiny_vlm.save("smolvlm", tmp_path)
     with pytest.raises(InputError, match="SmolVLMForConditionalGeneration cannot be exported"):
         janus.plan(load_checkpoint(str(tmp_path)), None)
+
+
+@pytest.mark.parametrize("token", [5, 6], ids=["equal", "near-tie"])
+def test_a_drawing_of_nan_fails_whatever_its_tokens(token: int) -> None:
+    drawn = janus._Drawn([[1]], [[5]], [[(3.0, 3.0)]], np.zeros((1, 2, 2, 3), np.float32))
+    for pixel, held in ((np.nan, [True, False]), (0.0, [True, True] if token == 5 else [True])):
+        drawing = SimpleNamespace(tokens=np.array([[token]]), pixels=drawn.pixels + pixel)
+        generator: Any = SimpleNamespace(draw=lambda rows, drawing=drawing: drawing)
+        stages = janus._drawing_stages(generator, drawn, "fp32")
+        assert [stage.holds for stage in stages] == held

@@ -172,9 +172,10 @@ def split_gemms(model: onnx_ir.Model) -> None:
         bias = node.inputs[2] if len(node.inputs) == 3 else None
         output = node.outputs[0]
         x, result = _around_reshapes(x, output)
-        nodes = [onnx_ir.node("MatMul", [x, weight])]
+        nodes = [onnx_ir.node("MatMul", [x, weight], name=node.name)]
         if bias is not None:
-            nodes.append(onnx_ir.node("Add", [nodes[0].outputs[0], bias]))
+            name = f"{node.name}_bias" if node.name else None
+            nodes.append(onnx_ir.node("Add", [nodes[0].outputs[0], bias], name=name))
         for index, made in enumerate(nodes):
             made.outputs[0].name = f"{output.name}.{index}"
             made.outputs[0].shape, made.outputs[0].type = result.shape, output.type

@@ -201,7 +201,7 @@ def _reached(recipe: Recipe, record: dict[str, Any]) -> str:
 
 def _integer_candidates(model: onnx_ir.Model) -> list[Weight]:
     rewrite_for_cpu(model)
-    split_lone_gemms(model.graph)
+    split_lone_gemms(model)
     return dynamic_candidates(model.graph)
 
 

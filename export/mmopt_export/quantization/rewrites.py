@@ -49,34 +49,16 @@ def rewrite_for_cpu(model: onnx_ir.Model) -> dict[str, int]:
     return counts
 
 
-def split_lone_gemms(graph: onnx_ir.Graph) -> int:
+def split_lone_gemms(model: onnx_ir.Model) -> None:
     """Write Gemms as MatMul and Add, in place, in a graph that has no other matmuls with weights.
 
     The tracer makes Gemms of layers over two dimensions. Beside matmuls over tokens they are a
     pooler or a head; alone they are the model: Qwen's tower has its patches in one dimension.
-
-    Returns:
-        How many there were.
     """
-    if next(find_weights(graph, gemm=False), None) is not None:
-        return 0
-    weights = list(find_weights(graph, gemm=True))
-    for weight in weights:
-        operand = weight.value
-        if weight.transposed:
-            rows = Group(lambda weight: (weight.array(),), weight)
-            name = f"{operand.name}_kn"
-            operand = initializer(graph, rows.tensor(0, name, onnx_ir.DataType.FLOAT, weight.shape))
-        nodes = [onnx_ir.node("MatMul", [weight.x, operand], name=weight.name)]
-        if weight.bias is not None:
-            inputs = [nodes[0].outputs[0], weight.bias]
-            nodes.append(onnx_ir.node("Add", inputs, name=f"{weight.name}_bias"))
-        for node in nodes:
-            out, result = node.outputs[0], weight.node.outputs[0]
-            out.type, out.shape = result.type, result.shape
-        replace(weight.node, nodes)
-    remove_unused(graph)
-    return len(weights)
+    from mmopt_export.decoder.passes import split_gemms  # which imports from this package
+
+    if next(find_weights(model.graph, gemm=False), None) is None:
+        split_gemms(model)
 
 
 def _split_skip_normalizations(graph: onnx_ir.Graph) -> int:

@@ -31,7 +31,8 @@ Range = tuple[int, int]
 def on_huge_pages(expected: int) -> Iterator[None]:
     """Move what was allocated and filled inside to huge pages in the end, which copies it once.
 
-    Where the system has none, or whoever runs it turned them off, nothing happens.
+    Where the system has none, or whoever runs it turned them off, nothing happens. What the
+    allocator gives of memory that the process had before stays where it is.
 
     Args:
         expected: bytes that will be; of less than a huge page nothing is moved, or looked at.

@@ -3,6 +3,8 @@
 import mmap
 import re
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -82,12 +84,22 @@ def test_weights_of_a_session_that_will_run_often_are_on_them(tmp_path: Path, wa
     opsets = [onnx.helper.make_opsetid("", 20)]
     model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10)
     onnx.save(model, tmp_path / "model.onnx")
-    before = on_huge()
-    session = open_session(tmp_path / "model.onnx", provider=CPU, threads=1, huge_pages=wanted)
+    # In a process of its own: the allocator of one that ran for long has memory of before to give,
+    # which stays where it is.
+    with ProcessPoolExecutor(1, get_context("spawn")) as alone:
+        moved = alone.submit(moved_and_right, tmp_path / "model.onnx", wanted).result()
     # Of 32 MiB of packed weights all but the ends of a mapping.
-    assert (on_huge() - before >= 24 * MIB) is wanted
+    assert (moved >= 24 * MIB) is wanted
+
+
+def moved_and_right(model: Path, wanted: bool) -> int:
+    """Bytes that opening a session moved to huge pages."""
+    before = on_huge()
+    session = open_session(model, provider=CPU, threads=1, huge_pages=wanted)
+    moved = on_huge() - before
     (y,) = session.run(None, {"x": np.ones((1, 2048), np.float32)})
     assert (y == 2048).all()
+    return moved
 
 
 @pytest.fixture(params=["never", "no such kernel", "no /proc"])

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy, linear
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmopt_kernels import KernelInputError, LoraFactors, linear_cross_entropy
-from mmopt_kernels.linear_cross_entropy import chunked
+from mmopt_kernels.linear_cross_entropy import api, chunked, ops
 from mmopt_kernels.linear_cross_entropy.reference import reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -200,13 +200,80 @@ def test_chunks_change_nothing_but_rounding(impl: str, monkeypatch: pytest.Monke
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients by columns in PyTorch too."""
+    for module in (api, ops):
+        monkeypatch.setattr(module, "by_columns", lambda weight, impl: True)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("impl", ["triton", "chunked"])
+def test_gradients_by_columns_are_as_right_as_those_of_eager(
+    impl: str, reduction: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a trained bfloat16 weight, 64 columns at a time, the last chunk of 2: every gradient."""
+    case = Case(M=33, H=40, V=130, R=3, bias=True, softcap=2.0, smoothing=0.1, z_loss=1e-2,
+                reduction=reduction, weighted=True, dtype=torch.bfloat16)  # fmt: skip
+    monkeypatch.setattr(chunked, "COLUMN_ELEMENTS", 64 * case.M)
+    as_on_a_gpu(monkeypatch)
+    asked = []
+    columns = ops.gradients_by_columns
+    monkeypatch.setattr(
+        ops, "gradients_by_columns", lambda *args: asked.append(args) or columns(*args)
+    )
+    x, eager = inputs(case), inputs(case)
+    wide = x.wide()
+    got = torch.autograd.grad(call(x, case, impl).sum(), x.leaves())
+    assert len(asked) == 1
+    want = torch.autograd.grad(oracle(wide, case).sum(), wide.leaves())
+    logits = linear(eager.hidden, eager.weight, eager.bias)
+    logits = logits + 0.5 * linear(linear(eager.hidden, eager.a), eager.b)
+    logits = case.softcap * torch.tanh(logits / case.softcap)
+    losses = cross_entropy(logits.float(), eager.labels, reduction="none", label_smoothing=0.1)
+    counts = (eager.labels != -100) * eager.token_weights
+    losses = (losses + logits.float().logsumexp(1).square() * case.z_loss) * counts
+    losses = losses / counts.sum() if reduction == "mean" else losses
+    plain = torch.autograd.grad(losses.sum(), eager.leaves())
+    names = ("hidden", "weight", "bias", "a", "b", "token_weights")
+    for name, one, exact, other in zip(names, got, want, plain, strict=True):
+        error, usual = ((g.double() - exact).norm() / exact.norm() for g in (one, other))
+        assert error <= 2.0 * usual + 1e-6, f"{name}: {error} of {usual} in eager"
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="counts what torch's CPU allocator hands out")
+@pytest.mark.filterwarnings("ignore:TF32 acceleration")  # said when oneDNN is switched off
+def test_trained_bfloat16_weight_needs_its_gradient_and_little_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nothing else has its size: no float32 sum, no copy scaled in backward."""
+    from mmopt.measure.memory import peak_tensor_bytes
+
+    case = Case(M=64, H=64, V=4000, dtype=torch.bfloat16)
+    monkeypatch.setattr(chunked, "CPU_ELEMENTS", 2 * case.V)
+    monkeypatch.setattr(chunked, "COLUMN_ELEMENTS", 64 * case.M)
+    as_on_a_gpu(monkeypatch)
+    x = inputs(case)
+
+    def step() -> None:
+        loss = linear_cross_entropy(x.hidden, x.weight, x.labels, impl="chunked")
+        torch.autograd.grad(loss * 2.0, (x.hidden, x.weight))
+
+    # oneDNN packs weights, which no GPU does.
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert peak_tensor_bytes(step) < 1.25 * x.weight.numel() * x.weight.element_size()
+
+
 def test_chunk_has_a_bounded_number_of_logits() -> None:
     for device, limit in (("cpu", chunked.CPU_ELEMENTS), ("meta", chunked.GPU_ELEMENTS)):
         for V in (2, 1000, 32_000, 128_256, 10**9):
             rows = chunked.chunk_rows(10**6, V, torch.device(device))
             assert rows >= 1
             assert rows == 1 or rows * V <= limit
+            columns = chunked.chunk_columns(V, 10**6)
+            assert columns == 1 or columns * V <= chunked.COLUMN_ELEMENTS
     assert chunked.chunk_rows(3, 32_000, torch.device("cpu")) == 3
+    assert chunked.chunk_columns(8192, 128_256) == 4096
+    assert chunked.chunk_columns(8, 128_256) == 128_256
     on_gpu = torch.device("meta")
     assert chunked.chunk_rows(8192, 128_256, on_gpu) == 1024
     # Of few rows the chunk is a part, and memory stays a small part of eager's.
@@ -451,6 +518,20 @@ def test_logits_never_exist_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("impl", ["triton", "chunked", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_linear_cross_entropy_backward_opcheck(impl: str, dtype: torch.dtype) -> None:
+    x = inputs(Case(M=5, R=2, bias=True, dtype=dtype))
+    head = (x.hidden, x.weight, x.labels, x.bias, x.a, x.b)
+    given = torch.rand(5, device=DEVICE), torch.rand(5, device=DEVICE)
+    op = torch.ops.mmopt.linear_cross_entropy_backward
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    options = (-100, 2.0, 0.1, 0.0)
+    torch.library.opcheck(
+        op, (*head, *given, *options, [True, True, False, True, True], impl), test_utils=checks
+    )
+
+
+@pytest.mark.parametrize("impl", ["triton", "chunked", "reference"])
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 def test_linear_cross_entropy_opcheck(impl: str, reduction: str) -> None:
     """Schema, fake and autograd agree."""
@@ -513,7 +594,10 @@ def test_autocast_casts_as_linear_does() -> None:
 
 
 def test_nothing_is_differentiated_without_grad() -> None:
-    """The flops of evaluation are those of the logits alone, of training three times as many."""
+    """The flops of evaluation are those of the logits alone, of training three times as many.
+
+    By columns four times.
+    """
     x = inputs(Case())
     one = 2 * 13 * 20 * 37
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -525,6 +609,12 @@ def test_nothing_is_differentiated_without_grad() -> None:
     with FlopCounterMode(display=False) as counter:
         linear_cross_entropy(x.hidden, x.weight.detach(), x.labels)
     assert counter.get_total_flops() == 2 * one
+    half = inputs(Case(dtype=torch.bfloat16))
+    with FlopCounterMode(display=False) as counter:
+        loss = linear_cross_entropy(half.hidden, half.weight, half.labels, impl="triton")
+        assert counter.get_total_flops() == one
+        loss.backward()
+    assert counter.get_total_flops() == 4 * one
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU the device asserts it, later")

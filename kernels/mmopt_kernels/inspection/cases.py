@@ -232,7 +232,7 @@ def _dequantize_nf4(dtype: str, nested: bool, default: frozenset[str]) -> Case:
 
 
 def _cross_entropy(dtype: str, features: str, default: frozenset[str]) -> Case:
-    """A chunk of 256 rows of a vocabulary of 128k, its logits replaced by their gradient."""
+    """Logits replaced by their gradient: 256 rows of a vocabulary of 128k, 4096 columns of it."""
 
     def launch() -> None:
         from mmopt_kernels.linear_cross_entropy import kernel
@@ -243,6 +243,8 @@ def _cross_entropy(dtype: str, features: str, default: frozenset[str]) -> Case:
         everything = features == "everything"
         options = Options(-100, 30.0 if everything else None, 0.1 if everything else 0.0, 1e-4)
         kernel.launch(logits, labels, weights, options)
+        columns = _matrix(dtype, 256, 4096)
+        kernel.launch_columns(columns, labels, weights, weights, options, 4096, 128_256)
 
     return Case(f"cross_entropy/{dtype}-{features}", launch, dtype, None, default)
 

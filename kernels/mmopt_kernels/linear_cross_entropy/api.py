@@ -11,7 +11,11 @@ from torch import Tensor
 from mmopt_kernels._autocast import autocast_dtype
 from mmopt_kernels._transforms import refuse_transforms
 from mmopt_kernels.errors import KernelInputError
-from mmopt_kernels.linear_cross_entropy.ops import DTYPES, IMPLS  # registers the ops too
+from mmopt_kernels.linear_cross_entropy.ops import (
+    DTYPES,
+    IMPLS,
+    by_columns,
+)  # registers the ops too
 
 Impl = Literal["auto", "reference", "chunked", "triton"]
 Reduction = Literal["mean", "sum", "none"]
@@ -52,7 +56,9 @@ def linear_cross_entropy(
     The logits of a chunk are turned into their own gradient as soon as they are there, and that
     into the gradients of the arguments, so that forward does all three matmuls and backward only
     scales: no logits are kept, none are computed twice. With ``reduction="none"`` each token's
-    gradient is known only in backward, which computes the logits again.
+    gradient is known only in backward, which computes the logits again. So it is, on a GPU, where a
+    bfloat16 weight is trained: backward then goes by chunks of the vocabulary, needs little more
+    memory than the weight's gradient takes, and rounds that once.
 
     Every argument that requires a gradient gets one, the adapter of the output layer included; a
     frozen weight costs nothing. Gradients are bitwise equal from run to run. Under autocast,
@@ -110,12 +116,6 @@ def linear_cross_entropy(
         float(label_smoothing),
         float(z_loss),
     )
-    if reduction == "none":
-        losses: Tensor = torch.ops.mmopt.linear_cross_entropy_tokens(
-            rows, weight, y, bias, a, b, *options, impl
-        )
-        losses = losses if token_weights is None else losses * token_weights.reshape(-1)
-        return losses.view(labels.shape)
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     counts = (y != ignore_index).to(wide)
     if token_weights is not None:
@@ -125,9 +125,19 @@ def linear_cross_entropy(
         for x in (rows, weight, bias, a, b)
     ]
     total: Tensor
-    total, _, _ = torch.ops.mmopt.linear_cross_entropy(
-        rows, weight, y, bias, a, b, counts, *options, needs, impl
-    )
+    if reduction == "none" or (needs[1] and by_columns(weight, impl)):
+        losses: Tensor
+        losses, _ = torch.ops.mmopt.linear_cross_entropy_tokens(
+            rows, weight, y, bias, a, b, *options, impl
+        )
+        losses = losses if token_weights is None else losses * counts
+        if reduction == "none":
+            return losses.view(labels.shape)
+        total = losses.sum()
+    else:
+        total, _, _ = torch.ops.mmopt.linear_cross_entropy(
+            rows, weight, y, bias, a, b, counts, *options, needs, impl
+        )
     # Divided here, so that what forward keeps has the size of a gradient of the sum: divided by
     # the number of tokens, most of it would be less than float16 can hold.
     return _mean(total, counts.sum()) if reduction == "mean" else total

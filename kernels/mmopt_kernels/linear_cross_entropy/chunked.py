@@ -1,7 +1,8 @@
-"""The linear cross-entropy by chunks of rows: vendor GEMMs around one step per chunk.
+"""The linear cross-entropy by chunks: vendor GEMMs around one step per chunk of logits.
 
-The step turns the logits of a chunk into their gradient: in PyTorch here, or in the kernel of
-`kernel`, which does it in place.
+The step turns the logits of a chunk into their gradient: in PyTorch here, or in a kernel of
+`kernel`, which does it in place. Chunks are of rows (`run`); where a weight of 16 bits is trained,
+the gradients are made by chunks of columns (`gradients_by_columns`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,10 @@ from torch import Tensor
 # faster (the case llama-124m of bench/bench_linear_cross_entropy.py).
 GPU_ELEMENTS = 2**27
 CPU_ELEMENTS = 2**24
+# By columns there are more launches of smaller GEMMs: 4096 columns of 8192 rows, 64 MiB in 16 bits,
+# so that the chunk and the float32 sum of the hidden gradient, which each chunk passes over once,
+# stay a small part of the weight's gradient.
+COLUMN_ELEMENTS = 2**25
 # Of a frozen weight a chunk on a GPU has at most a fourth of the rows, or this many: its logits are
 # then a 24th of what an eager loss keeps, some 12 bytes for each. Where the weight is trained, the
 # float32 sum of its gradient is larger than they are, and each chunk reads and writes it, 8 V H
@@ -57,14 +62,20 @@ def chunk_rows(M: int, V: int, device: torch.device, trained: bool = False) -> i
     return max(1, min(M, found))
 
 
+def chunk_columns(M: int, V: int) -> int:
+    """How many columns a chunk of all M rows has."""
+    found = COLUMN_ELEMENTS // max(M, 1)
+    return max(1, min(V, found // ROWS * ROWS if found >= ROWS else found))
+
+
 def run(
     args: Arguments,
     weights: Tensor | None,
     options: Options,
     needs: Sequence[bool],
     triton: bool,
-) -> tuple[Tensor, list[Tensor]]:
-    """The loss of each token, and gradients of the sum of ``weights * losses``.
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """The loss of each token, its log-sum-exp, and gradients of the sum of ``weights * losses``.
 
     Args:
         weights: ``[M]`` in the dtype of the losses, zero for ignored tokens; None where no gradient
@@ -72,9 +83,9 @@ def run(
         needs: of hidden, weight, bias, a and b, whether a gradient is needed.
 
     Returns:
-        Losses ``[M]``, float32 (float64 for float64), and the needed gradients: each in the dtype
-        of its tensor, but those of weight, bias, a and b in float32 where that has 16 bits: they
-        are sums over all tokens.
+        Losses and log-sum-exps ``[M]``, float32 (float64 for float64), 0 for ignored tokens, and
+        the needed gradients: each in the dtype of its tensor, but those of weight, bias, a and b in
+        float32 where that has 16 bits: they are sums over all tokens.
     """
     hidden, weight, labels, _, a, b = args
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
@@ -88,7 +99,7 @@ def run(
         seen = labels != options.ignore_index
         picked = None if seen.all() else seen.nonzero()[:, 0]
     make = hidden.new_empty if picked is None else hidden.new_zeros
-    losses = make(M, dtype=wide)
+    losses, lse = (make(M, dtype=wide) for _ in range(2))
     dhidden = make(hidden.shape if need_hidden else 0)
     sums = [
         x.new_zeros(x.shape, dtype=wide) if need and x is not None else None
@@ -109,10 +120,10 @@ def run(
         if triton:
             from mmopt_kernels.linear_cross_entropy.kernel import launch  # first Triton import
 
-            losses[part] = launch(logits, y, w, options)
+            losses[part], lse[part] = launch(logits, y, w, options)
             d = logits
         else:
-            losses[part], found = _step(logits, y, w, options)
+            losses[part], lse[part], found = _step(logits, y, w, options)
             d = logits if found is None else found.to(hidden.dtype)
         del logits
         if not want:
@@ -128,14 +139,81 @@ def run(
             if picked is not None:
                 dhidden[part] = dh
         if dweight is not None:
-            _add_product(dweight, d, h)
+            _add_product(dweight, d.t(), h)
         if dbias is not None:
             dbias += d.sum(0, dtype=wide)
         if da is not None and ds is not None:
-            _add_product(da, ds, h)
+            _add_product(da, ds.t(), h)
         if db is not None and s is not None:
-            _add_product(db, d, s)
-    return losses, [x for x in (dhidden if need_hidden else None, *sums) if x is not None]
+            _add_product(db, d.t(), s)
+    return losses, lse, [x for x in (dhidden if need_hidden else None, *sums) if x is not None]
+
+
+def gradients_by_columns(
+    args: Arguments,
+    weights: Tensor,
+    lse: Tensor,
+    options: Options,
+    needs: Sequence[bool],
+    triton: bool,
+) -> list[Tensor]:
+    """Gradients of the sum of ``weights * losses``, all rows of some columns at a time.
+
+    A chunk's part of the weight's gradient is then one product over all tokens, summed in the GEMM
+    and rounded once, where by rows a float32 sum of its whole size takes part in each. The price is
+    a product: the log-sum-exps must be known, so that the logits were computed before.
+
+    Args:
+        weights, lse: ``[M]`` in the dtype of the losses; lse as `run` returns it.
+        needs: as for `run`.
+
+    Returns:
+        The needed gradients, each in the dtype of its tensor.
+    """
+    hidden, weight, labels, bias, a, b = args
+    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    V = weight.shape[0]
+    need_hidden, need_weight, need_bias, need_a, need_b = needs
+    labels, weights, lse = labels.contiguous(), weights.to(wide).contiguous(), lse.contiguous()
+    dhidden = hidden.new_zeros(hidden.shape, dtype=wide) if need_hidden else None
+    # Each row of these belongs to one column of the logits.
+    dweight, dbias, db = (
+        x.new_empty(x.shape) if need and x is not None else None
+        for x, need in ((weight, need_weight), (bias, need_bias), (b, need_b))
+    )
+    s = None if a is None else hidden @ a.t()  # [M, R]
+    ds = None if s is None or not (need_hidden or need_a) else torch.zeros_like(s, dtype=wide)
+    step = chunk_columns(hidden.shape[0], V)
+    for first in range(0, V, step):
+        part = slice(first, first + step)
+        d = torch.nn.functional.linear(hidden, weight[part], None if bias is None else bias[part])
+        if s is not None and b is not None:
+            d.addmm_(s, b[part].t())
+        if triton:
+            from mmopt_kernels.linear_cross_entropy.kernel import launch_columns  # as above
+
+            launch_columns(d, labels, weights, lse, options, first, V)
+        else:
+            d = _step_columns(d, labels, weights, lse, options, first, V).to(hidden.dtype)
+        if dhidden is not None:
+            _add_product(dhidden, d, weight[part])
+        if ds is not None and b is not None:
+            _add_product(ds, d, b[part])
+        if dweight is not None:
+            torch.mm(d.t(), hidden, out=dweight[part])
+        if dbias is not None:
+            dbias[part] = d.sum(0, dtype=wide)
+        if db is not None and s is not None:
+            torch.mm(d.t(), s, out=db[part])
+        del d
+    da = None
+    if ds is not None and a is not None:
+        ds = ds.to(hidden.dtype)
+        if dhidden is not None:
+            _add_product(dhidden, ds, a)
+        da = ds.t() @ hidden if need_a else None
+    dhidden = None if dhidden is None else dhidden.to(hidden.dtype)
+    return [x for x in (dhidden, dweight, dbias, da, db) if x is not None]
 
 
 def _logits(h: Tensor, args: Arguments) -> tuple[Tensor, Tensor | None]:
@@ -148,36 +226,30 @@ def _logits(h: Tensor, args: Arguments) -> tuple[Tensor, Tensor | None]:
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """``total += leftᵀ right``."""
+    """``total += left right``."""
     if left.dtype == total.dtype:
-        total.addmm_(left.t(), right)
+        total.addmm_(left, right)
     elif left.is_cuda and torch.version.hip is None:
         # Summed by the GEMM: no product of the size of the weight, rounded to 16 bits.
-        torch.ops.aten.addmm.dtype_out(total, left.t(), right, total.dtype, out=total)
+        torch.ops.aten.addmm.dtype_out(total, left, right, total.dtype, out=total)
     else:
-        total += left.t() @ right
+        total += left @ right
 
 
 def _step(
     logits: Tensor, labels: Tensor, weights: Tensor | None, options: Options
-) -> tuple[Tensor, Tensor | None]:
-    """The loss of each row, and the gradient of the logits where there are weights.
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Loss and log-sum-exp of each row, and with weights the gradient of the logits.
 
     Works in place, on the logits themselves where they are float32 or float64: nothing else of
     their size exists, but for softcap's second factor.
     """
-    ignore_index, softcap, smoothing, z_loss = options
-    x = logits if logits.dtype == torch.float64 else logits.float()
-    if softcap is not None:
-        x = x.div_(softcap).tanh_().mul_(softcap)
-    V = x.shape[1]
+    ignore_index, _, smoothing, z_loss = options
+    x, slope = _capped(logits, options, weights is not None)
     seen = labels != ignore_index
-    y = torch.where(seen, labels, 0).long()[:, None]
-    target = x.gather(1, y)[:, 0]
+    y = torch.where(seen, labels, 0).long()
+    target = x.gather(1, y[:, None])[:, 0]
     mean = x.mean(1) if smoothing else None
-    slope = None
-    if softcap is not None and weights is not None:
-        slope = x.div(softcap).square_().neg_().add_(1.0)
     # Of a row of only -inf the difference would be NaN.
     top = x.amax(1).clamp_(min=torch.finfo(x.dtype).min)
     e = x.sub_(top[:, None]).exp_()
@@ -189,12 +261,49 @@ def _step(
         losses -= smoothing * mean
     losses = torch.where(seen, losses, 0.0)
     if weights is None:
-        return losses, None
+        return losses, lse, None
     w = torch.where(seen, weights, 0.0)
     d = e.mul_((w * (1.0 + 2.0 * z_loss * lse) / total)[:, None])
-    d.scatter_add_(1, y, (w * (smoothing - 1.0))[:, None])
+    return losses, lse, _less_target(d, y, w, smoothing, x.shape[1], slope)
+
+
+def _step_columns(
+    logits: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    lse: Tensor,
+    options: Options,
+    first: int,
+    V: int,
+) -> Tensor:
+    """The gradient of logits ``[M, C]``, of V columns those from ``first`` on; in place too."""
+    ignore_index, _, smoothing, z_loss = options
+    x, slope = _capped(logits, options, True)
+    seen = labels != ignore_index
+    w = torch.where(seen, weights, 0.0)
+    d = x.sub_(lse[:, None]).exp_().mul_((w * (1.0 + 2.0 * z_loss * lse))[:, None])
+    y = labels.long() - first
+    d = _less_target(d, y, w, smoothing, V, slope)
+    # As above: of a row that does not count exp may be infinite.
+    return d.masked_fill_(~seen[:, None], 0.0)
+
+
+def _capped(logits: Tensor, options: Options, want: bool) -> tuple[Tensor, Tensor | None]:
+    """Logits after softcap, in float32 or float64, and if wanted softcap's derivative."""
+    x, softcap = logits if logits.dtype == torch.float64 else logits.float(), options.softcap
+    if softcap is None:
+        return x, None
+    x = x.div_(softcap).tanh_().mul_(softcap)
+    return x, x.div(softcap).square_().neg_().add_(1.0) if want else None
+
+
+def _less_target(
+    d: Tensor, y: Tensor, w: Tensor, smoothing: float, V: int, slope: Tensor | None
+) -> Tensor:
+    """d less what the labels take off; y: the columns in d of the labels, which may be outside."""
+    inside = (y >= 0) & (y < d.shape[1])
+    taken = torch.where(inside, w * (smoothing - 1.0), 0.0)
+    d.scatter_add_(1, torch.where(inside, y, 0)[:, None], taken[:, None])
     if smoothing:
         d.sub_((w * (smoothing / V))[:, None])
-    if slope is not None:
-        d.mul_(slope)
-    return losses, d
+    return d if slope is None else d.mul_(slope)

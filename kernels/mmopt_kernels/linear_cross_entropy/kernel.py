@@ -20,11 +20,29 @@ def capped(b_x, softcap):
 
 
 @triton.jit
+def gradient(
+    b_x, o_v, y, w, lse, V, softcap, smoothing, z_loss, SOFTCAP: tl.constexpr,
+    SMOOTHING: tl.constexpr,
+):  # fmt: skip
+    """That of ``w * loss`` with respect to the logits b_x, the columns o_v of their row."""
+    if SOFTCAP:
+        b_x = capped(b_x, softcap)
+    b_d = tl.exp(b_x - lse) * (1.0 + 2.0 * z_loss * lse) - tl.where(o_v == y, 1.0 - smoothing, 0.0)
+    if SMOOTHING:
+        b_d -= smoothing / V
+    if SOFTCAP:
+        b_x = b_x / softcap
+        b_d *= 1.0 - b_x * b_x
+    return b_d * w
+
+
+@triton.jit
 def cross_entropy(
     p_x,
     p_y,
     p_w,
     p_loss,
+    p_lse,
     stride_xm,
     V,
     ignore_index,
@@ -36,7 +54,7 @@ def cross_entropy(
     GRADIENT: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """One row: its loss, and with GRADIENT its logits replaced by their gradient.
+    """One row: its loss and log-sum-exp; with GRADIENT its logits are replaced by their gradient.
 
     Reads the row twice, the second time mostly from L2 (256 KiB for 128k logits of 16 bits), and
     writes it once. Without GRADIENT it reads it once and writes none of it.
@@ -74,26 +92,56 @@ def cross_entropy(
     if SMOOTHING:
         loss -= smoothing * tl.sum(b_sum, 0) / V
     tl.store(p_loss + i_m, tl.where(seen, loss, 0.0))
+    tl.store(p_lse + i_m, tl.where(seen, lse, 0.0))
 
     if GRADIENT:
         # The label's logit has been read by every thread before any is overwritten.
         tl.debug_barrier()
         w = tl.load(p_w + i_m)
-        slope = 1.0 + 2.0 * z_loss * lse
         for i_v in range(0, V, BLOCK_V):
             o_v = i_v + tl.arange(0, BLOCK_V)
             b_x = tl.load(p_row + o_v, mask=o_v < V, other=0.0).to(tl.float32)
-            if SOFTCAP:
-                b_x = capped(b_x, softcap)
-            b_d = tl.exp(b_x - lse) * slope - tl.where(o_v == y, 1.0 - smoothing, 0.0)
-            if SMOOTHING:
-                b_d -= smoothing / V
-            if SOFTCAP:
-                b_x = b_x / softcap
-                b_d *= 1.0 - b_x * b_x
+            b_d = gradient(
+                b_x, o_v, y, w, lse, V, softcap, smoothing, z_loss, SOFTCAP, SMOOTHING
+            )  # fmt: skip
             # Not a product: a row that does not count may hold anything.
-            b_d = tl.where(seen, b_d * w, 0.0)
+            b_d = tl.where(seen, b_d, 0.0)
             tl.store(p_row + o_v, b_d.to(p_x.dtype.element_ty), mask=o_v < V)
+
+
+@triton.jit
+def cross_entropy_columns(
+    p_x,
+    p_y,
+    p_w,
+    p_lse,
+    stride_xm,
+    first,
+    C,
+    V,
+    ignore_index,
+    softcap,
+    smoothing,
+    z_loss,
+    SOFTCAP: tl.constexpr,
+    SMOOTHING: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """C logits of one row, the columns from `first` on, replaced by their gradient.
+
+    The log-sum-exp of the whole row is known, so that each is read once and written once.
+    """
+    i_m, i_v = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    y = tl.load(p_y + i_m).to(tl.int64)
+    w, lse = tl.load(p_w + i_m), tl.load(p_lse + i_m)
+    o_c = i_v * BLOCK_V + tl.arange(0, BLOCK_V)
+    p_part = p_x + i_m * stride_xm + o_c
+    b_x = tl.load(p_part, mask=o_c < C, other=0.0).to(tl.float32)
+    b_d = gradient(
+        b_x, first + o_c, y, w, lse, V, softcap, smoothing, z_loss, SOFTCAP, SMOOTHING
+    )  # fmt: skip
+    b_d = tl.where(y != ignore_index, b_d, 0.0)
+    tl.store(p_part, b_d.to(p_x.dtype.element_ty), mask=o_c < C)
 
 
 def config(target: str) -> tuning.Config:
@@ -107,30 +155,76 @@ def config(target: str) -> tuning.Config:
     return {"BLOCK_V": 4096, "num_warps": 8 if target.startswith("gfx") else 16}
 
 
-def launch(logits: Tensor, labels: Tensor, weights: Tensor | None, options: Options) -> Tensor:
-    """The loss of each row, float32 ``[M]``; with weights, logits become their gradient."""
+def launch(
+    logits: Tensor, labels: Tensor, weights: Tensor | None, options: Options
+) -> tuple[Tensor, Tensor]:
+    """Loss and log-sum-exp of each row, float32 ``[M]``, both 0 for a row that does not count.
+
+    With weights, logits become their gradient.
+    """
     M, V = logits.shape
-    losses = logits.new_empty(M, dtype=torch.float32)
+    losses, lse = (logits.new_empty(M, dtype=torch.float32) for _ in range(2))
     if M:
-        target, width = _triton.target(logits.device), max(16, triton.next_power_of_2(V))
-        found = tuning.lookup("cross_entropy", target, logits.dtype, width, M)
-        tile = dict(found or config(target))
-        tile["BLOCK_V"] = min(tile["BLOCK_V"], width)
         with torch.cuda.device_of(logits):  # type: ignore[no-untyped-call]
             cross_entropy[(M,)](
                 logits,
                 labels,
                 weights,
                 losses,
+                lse,
                 logits.stride(0),
                 V,
                 options.ignore_index,
-                0.0 if options.softcap is None else options.softcap,
-                options.label_smoothing,
-                options.z_loss,
-                SOFTCAP=options.softcap is not None,
-                SMOOTHING=options.label_smoothing > 0,
+                **_features(options),
                 GRADIENT=weights is not None,
+                **_tile(logits),
+            )
+    return losses, lse
+
+
+def launch_columns(
+    logits: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    lse: Tensor,
+    options: Options,
+    first: int,
+    V: int,
+) -> None:
+    """Replace logits ``[M, C]``, the columns from ``first`` on of V, by their gradient."""
+    M, C = logits.shape
+    if M:
+        tile = _tile(logits)
+        with torch.cuda.device_of(logits):  # type: ignore[no-untyped-call]
+            cross_entropy_columns[(M, triton.cdiv(C, tile["BLOCK_V"]))](
+                logits,
+                labels,
+                weights,
+                lse,
+                logits.stride(0),
+                first,
+                C,
+                V,
+                options.ignore_index,
+                **_features(options),
                 **tile,
             )
-    return losses
+
+
+def _tile(logits: Tensor) -> tuning.Config:
+    M, columns = logits.shape
+    target, width = _triton.target(logits.device), max(16, triton.next_power_of_2(columns))
+    found = tuning.lookup("cross_entropy", target, logits.dtype, width, M)
+    tile = dict(found or config(target))
+    tile["BLOCK_V"] = min(tile["BLOCK_V"], width)
+    return tile
+
+
+def _features(options: Options) -> dict[str, float | bool]:
+    return {
+        "softcap": 0.0 if options.softcap is None else options.softcap,
+        "smoothing": options.label_smoothing,
+        "z_loss": options.z_loss,
+        "SOFTCAP": options.softcap is not None,
+        "SMOOTHING": options.label_smoothing > 0,
+    }

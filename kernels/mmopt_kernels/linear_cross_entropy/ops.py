@@ -1,8 +1,9 @@
 """Schemas, fakes, autograd, FLOP formula and dispatch of the linear cross-entropy. Torch only.
 
-`mmopt::linear_cross_entropy` sums weighted losses and returns the gradients of the sum with it;
-`mmopt::linear_cross_entropy_tokens` returns each loss, and its backward is the former, with the
-incoming gradients as weights.
+`mmopt::linear_cross_entropy` sums weighted losses and returns the gradients of the sum with it.
+`mmopt::linear_cross_entropy_tokens` returns each loss;
+`mmopt::linear_cross_entropy_backward` is its backward, which knows the weights and computes the
+logits again.
 """
 
 from __future__ import annotations
@@ -16,8 +17,17 @@ from torch.utils.flop_counter import register_flop_formula
 
 from mmopt_kernels import _triton
 from mmopt_kernels.errors import KernelInputError
-from mmopt_kernels.linear_cross_entropy.chunked import Arguments, Options, run
-from mmopt_kernels.linear_cross_entropy.reference import reference, reference_backward
+from mmopt_kernels.linear_cross_entropy.chunked import (
+    Arguments,
+    Options,
+    gradients_by_columns,
+    run,
+)
+from mmopt_kernels.linear_cross_entropy.reference import (
+    reference,
+    reference_backward,
+    reference_logits,
+)
 
 IMPLS = ("auto", "reference", "chunked", "triton")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -33,9 +43,26 @@ torch.library.define(
 )
 torch.library.define(
     "mmopt::linear_cross_entropy_tokens",
-    f"({_INPUTS}, {_OPTIONS}, str impl) -> Tensor",
+    f"({_INPUTS}, {_OPTIONS}, str impl) -> (Tensor losses, Tensor lse)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+torch.library.define(
+    "mmopt::linear_cross_entropy_backward",
+    f"({_INPUTS}, Tensor weights, Tensor lse, {_OPTIONS}, bool[] needs, str impl) -> Tensor[]",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def by_columns(weight: Tensor, impl: str) -> bool:
+    """Whether gradients, that of this weight included, are best made in backward, by columns.
+
+    By rows, a float32 sum as large as twice a weight of 16 bits is held beside its gradient, and
+    both beside the scaled gradient in the end. In float32 the sum is the gradient. In float16 what
+    is kept must be a gradient of the sum, see `_kept_dtypes`. On a CPU time is in the products.
+    """
+    if weight.dtype != torch.bfloat16 or impl == "reference":
+        return False
+    return weight.device.type != "cpu" or impl == "triton"
 
 
 def _resolve(impl: str, hidden: Tensor) -> str:
@@ -78,31 +105,39 @@ def _run(
     options: Options,
     needs: list[bool],
     impl: str,
-) -> tuple[Tensor, list[Tensor]]:
+) -> tuple[Tensor, Tensor, list[Tensor]]:
     hidden, weight, labels, bias, a, b = inputs
     _check_labels(labels, weight.shape[0], options.ignore_index)
     chosen = _resolve(impl, hidden)
     with torch.autocast(hidden.device.type, enabled=False):
-        # Once for all chunks. The GEMMs of 16 bits want matching dtypes.
-        cast = Arguments(
-            hidden,
-            weight,
-            labels,
-            bias,
-            None if a is None else a.to(hidden.dtype),
-            None if b is None else b.to(hidden.dtype),
-        )
+        cast = _cast(*inputs)
         if chosen == "reference":
             losses = reference(*cast, *options)
+            seen = labels != options.ignore_index
+            logits = reference_logits(hidden, weight, bias, cast.a, cast.b, options.softcap)
+            lse = torch.where(seen, logits.logsumexp(1), 0.0)
             found = []
             if any(needs) and weights is not None:
                 gradients = reference_backward(weights, *cast, *options)
                 pairs = zip(gradients, needs, strict=True)
                 found = [g for g, need in pairs if need and g is not None]
         else:
-            losses, found = run(cast, weights, options, needs, chosen == "triton")
+            losses, lse, found = run(cast, weights, options, needs, chosen == "triton")
     dtypes = _kept_dtypes((hidden, weight, bias, a, b), needs)
-    return losses, [g.to(dtype) for g, dtype in zip(found, dtypes, strict=True)]
+    return losses, lse, [g.to(dtype) for g, dtype in zip(found, dtypes, strict=True)]
+
+
+def _cast(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    a: Tensor | None,
+    b: Tensor | None,
+) -> Arguments:
+    """Once for all chunks: the GEMMs of 16 bits want matching dtypes."""
+    a, b = (None if x is None else x.to(hidden.dtype) for x in (a, b))
+    return Arguments(hidden, weight, labels, bias, a, b)
 
 
 def _kept_dtypes(tensors: Sequence[Tensor | None], needs: Sequence[bool]) -> list[torch.dtype]:
@@ -170,14 +205,15 @@ def _linear_cross_entropy(
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     options = Options(ignore_index, softcap, label_smoothing, z_loss)
     inputs = (hidden, weight, labels, bias, a, b)
-    losses, gradients = _run(inputs, weights, options, needs, impl)
+    losses, _, gradients = _run(inputs, weights, options, needs, impl)
     # A row that does not count has a loss of 0, whatever its weight.
     return (losses * weights).sum(), losses, gradients
 
 
 @torch.library.register_fake("mmopt::linear_cross_entropy_tokens")
-def _tokens_fake(hidden: Tensor, *args: Any) -> Tensor:
-    return hidden.new_empty(hidden.shape[0], dtype=_wide(hidden))
+def _tokens_fake(hidden: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    losses, lse = (hidden.new_empty(hidden.shape[0], dtype=_wide(hidden)) for _ in range(2))
+    return losses, lse
 
 
 @torch.library.impl("mmopt::linear_cross_entropy_tokens", "CompositeExplicitAutograd")
@@ -193,10 +229,61 @@ def _tokens(
     label_smoothing: float,
     z_loss: float,
     impl: str,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
+    options = Options(ignore_index, softcap, label_smoothing, z_loss)
+    losses, lse, _ = _run((hidden, weight, labels, bias, a, b), None, options, [False] * 5, impl)
+    return losses, lse
+
+
+@torch.library.register_fake("mmopt::linear_cross_entropy_backward")
+def _backward_fake(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    a: Tensor | None,
+    b: Tensor | None,
+    weights: Tensor,
+    lse: Tensor,
+    ignore_index: int,
+    softcap: float | None,
+    label_smoothing: float,
+    z_loss: float,
+    needs: list[bool],
+    impl: str,
+) -> list[Tensor]:
+    tensors = zip((hidden, weight, bias, a, b), needs, strict=True)
+    return [x.new_empty(x.shape) for x, need in tensors if need and x is not None]
+
+
+@torch.library.impl("mmopt::linear_cross_entropy_backward", "CompositeExplicitAutograd")
+def _backward(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    a: Tensor | None,
+    b: Tensor | None,
+    weights: Tensor,
+    lse: Tensor,
+    ignore_index: int,
+    softcap: float | None,
+    label_smoothing: float,
+    z_loss: float,
+    needs: list[bool],
+    impl: str,
+) -> list[Tensor]:
     options = Options(ignore_index, softcap, label_smoothing, z_loss)
     inputs = (hidden, weight, labels, bias, a, b)
-    return _run(inputs, None, options, [False] * 5, impl)[0]
+    if needs[1] and by_columns(weight, impl):
+        triton = _resolve(impl, hidden) == "triton"
+        with torch.autocast(hidden.device.type, enabled=False):
+            found = gradients_by_columns(_cast(*inputs), weights, lse, options, needs, triton)
+    else:
+        _, _, found = _run(inputs, weights, options, needs, impl)
+    tensors = zip((hidden, weight, bias, a, b), needs, strict=True)
+    wanted = [x for x, need in tensors if need and x is not None]
+    return [g.to(x.dtype) for g, x in zip(found, wanted, strict=True)]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, list[Tensor]]) -> None:
@@ -245,17 +332,22 @@ def _differentiate(
 torch.library.register_autograd("mmopt::linear_cross_entropy", _differentiate, setup_context=_save)
 
 
-def _save_tokens(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _save_tokens(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     hidden, weight, labels, bias, a, b, *ctx.options, ctx.impl = inputs
-    ctx.save_for_backward(hidden, weight, labels, bias, a, b)
+    _, lse = output
+    ctx.save_for_backward(hidden, weight, labels, bias, a, b, lse)
+    ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)
 
 
-def _differentiate_tokens(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    hidden, weight, labels, bias, a, b = ctx.saved_tensors
+def _differentiate_tokens(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+    if grad is None:
+        return (None,) * 11
+    hidden, weight, labels, bias, a, b, lse = ctx.saved_tensors
     need_hidden, need_weight, _, *need_others = ctx.needs_input_grad[:6]
     needs = [need_hidden, need_weight, *need_others]
-    _, _, gradients = torch.ops.mmopt.linear_cross_entropy(
-        hidden, weight, labels, bias, a, b, grad, *ctx.options, needs, ctx.impl
+    gradients = torch.ops.mmopt.linear_cross_entropy_backward(
+        hidden, weight, labels, bias, a, b, grad, lse, *ctx.options, needs, ctx.impl
     )
     kept = iter(gradients)
     dhidden, dweight, dbias, da, db = (next(kept) if need else None for need in needs)
@@ -265,6 +357,13 @@ def _differentiate_tokens(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 torch.library.register_autograd(
     "mmopt::linear_cross_entropy_tokens", _differentiate_tokens, setup_context=_save_tokens
 )
+
+
+def _refuse_second(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+    raise NotImplementedError(_TWICE)
+
+
+torch.library.register_autograd("mmopt::linear_cross_entropy_backward", _refuse_second)
 
 
 # Two FLOPs for each multiply-add.
@@ -308,3 +407,24 @@ def _tokens_flops(
     hidden: Any, weight: Any, labels: Any, bias: Any, a: Any, *args: Any, **kwargs: Any
 ) -> int:
     return _flops(hidden, weight, a, [False] * 5)
+
+
+@register_flop_formula(torch.ops.mmopt.linear_cross_entropy_backward)
+def _backward_flops(
+    hidden: Any,
+    weight: Any,
+    labels: Any,
+    bias: Any,
+    a: Any,
+    b: Any,
+    weights: Any,
+    lse: Any,
+    ignore_index: Any,
+    softcap: Any,
+    label_smoothing: Any,
+    z_loss: Any,
+    needs: Any,
+    *args: Any,
+    **kwargs: Any,
+) -> int:
+    return _flops(hidden, weight, a, needs)

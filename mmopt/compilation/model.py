@@ -28,7 +28,7 @@ from mmopt.compilation.regions import (
     try_backward,
 )
 from mmopt.compilation.store import StoredGraph, capture, write_store
-from mmopt.compilation.tracing import Tracing
+from mmopt.compilation.tracing import Tracing, inductor_options
 from mmopt_export.files import require_new_folder
 from mmopt_kernels.errors import CheckFailedError, InputError, MmoptError, one_line
 
@@ -232,7 +232,8 @@ class CompiledModel:
     def _lower(self, graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
         self._note_recompile()
         self._graphs += 1
-        return compile_fx(graph, inputs)  # type: ignore[return-value]
+        with torch._inductor.config.patch(inductor_options()):
+            return compile_fx(graph, inputs)  # type: ignore[return-value]
 
     def _note_failure(self, failure: GuardFail) -> None:
         # Another compiled model of the same class walks past this one's graphs as well.

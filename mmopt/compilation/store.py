@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from mmopt.attach.optimize import transformers_model
 from mmopt.compilation.state import ARGUMENTS, ModelState
-from mmopt.compilation.tracing import Tracing
+from mmopt.compilation.tracing import Tracing, inductor_options
 from mmopt.compilation.trust import sign, signed_here
 from mmopt_export.files import sha256, staged_folder
 from mmopt_kernels._version import __version__
@@ -110,7 +110,10 @@ def capture(
     try:
         with Tracing(infer=infer):
             compiler: Any = torch.compile(
-                call_model, fullgraph=True, dynamic=dynamic, options={"guard_filter_fn": keep}
+                call_model,
+                fullgraph=True,
+                dynamic=dynamic,
+                options={"guard_filter_fn": keep, **inductor_options()},
             )
             function = compiler.aot_compile(((model, given), {}))
             source_info = function.source_info()

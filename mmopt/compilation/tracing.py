@@ -1,4 +1,4 @@
-"""How mmopt has Dynamo trace a model: the same for a compiled call and for a stored graph."""
+"""How mmopt has a model traced and lowered: the same for a compiled call and a stored graph."""
 
 import logging
 from typing import Any
@@ -6,11 +6,20 @@ from typing import Any
 import torch
 from torch.fx.experimental import _config
 
+from mmopt.compilation.grouping import LORA_GROUPS
+
 _LOGGING = {
     method
     for name in ("info", "info_once", "warning", "warning_once")
     if (method := getattr(logging.Logger, name, None)) is not None
 }
+
+
+def inductor_options() -> dict[str, Any]:
+    """What Inductor is told for each graph. A pass that the user has set stays the only one."""
+    if torch._inductor.config.pre_grad_custom_pass is not None:
+        return {}
+    return {"pre_grad_custom_pass": LORA_GROUPS}
 
 
 class Tracing:

@@ -1,0 +1,267 @@
+"""LoRA layers of one input become one call where nothing tells the difference, and only there."""
+
+import copy
+import importlib
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch._dynamo.backends.debugging import aot_eager
+from torch._inductor.pattern_matcher import stable_topological_sort
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import mmopt
+from mmopt.compilation.grouping import LORA_GROUPS
+from mmopt.compilation.tracing import Tracing
+from mmopt_kernels import lora_linear
+from mmopt_kernels.lora_linear import api
+from nf4_weights import random_nf4
+
+ONE, GROUP = torch.ops.mmopt.lora_linear, torch.ops.mmopt.lora_linear_group
+K, R = 64, 3
+SIZES = (8, 4, 6)
+
+
+@pytest.fixture(autouse=True)
+def ops_in_graphs(monkeypatch):
+    """As on a GPU: compiled for a CPU a plain call is traced as PyTorch's own ops."""
+    monkeypatch.setattr(api, "_traced", lambda *args: False)
+    torch._dynamo.reset()
+
+
+def layers():
+    """weight, a, b and bias for each of SIZES; the second has no bias."""
+    g = torch.Generator().manual_seed(0)
+
+    def make(*shape):
+        return torch.randn(shape, generator=g).requires_grad_()
+
+    return [(make(N, K), make(R, K), make(N, R), make(N) if N != 4 else None) for N in SIZES]
+
+
+def apply(layer, x, **options):
+    weight, a, b, bias = layer
+    return lora_linear(x, weight, a, b, bias=bias, **{"scale": 0.5, **options})
+
+
+def sizes(graph):
+    """Of each call in the graph, how many layers it has."""
+    found = []
+    for node in graph.nodes:
+        if node.target in (ONE, ONE.default):
+            found.append(1)
+        if node.target in (GROUP, GROUP.default):
+            found.append(len(node.args[1]))
+    return sorted(found)
+
+
+def compiled(function, seen):
+    """Compiled as Inductor would, but op by op; `seen` gets `sizes` before and after."""
+
+    def lower(graph, inputs):
+        before = sizes(graph.graph)
+        LORA_GROUPS(graph.graph)
+        stable_topological_sort(graph.graph)  # as Inductor does after passes
+        graph.graph.lint()
+        graph.recompile()
+        seen.append((before, sizes(graph.graph)))
+        return aot_eager(graph, inputs)
+
+    call = torch.compile(function, backend=lower, fullgraph=True, dynamic=True)
+
+    def traced(x):
+        with Tracing(infer=False):
+            return call(x)
+
+    return traced
+
+
+def assert_same(function, x, each, expected):
+    """Results and gradients as without, and calls of the `expected` sizes."""
+    seen = []
+    leaves = [x, *(t for layer in each for t in layer if t is not None and t.requires_grad)]
+    got, want = compiled(function, seen)(x), function(x)
+    torch.testing.assert_close(got, want)
+    used = {"allow_unused": True}
+    for one, other in zip(
+        torch.autograd.grad(got.float().sum(), leaves, **used),
+        torch.autograd.grad(want.float().sum(), leaves, **used),
+        strict=True,
+    ):
+        # Inputs' gradients are summed in another order.
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+    assert seen == [expected]
+
+
+def x_of(*shape):
+    return torch.randn(*shape, K, generator=torch.Generator().manual_seed(1)).requires_grad_()
+
+
+def test_layers_of_one_input_become_one_call():
+    each = layers()
+
+    def attend(x):
+        q, k, v = (apply(layer, x) for layer in each)
+        return q[..., :4].sigmoid() * k + v[..., :4]
+
+    assert_same(attend, x_of(2, 5), each, ([1, 1, 1], [3]))
+
+
+def test_what_uses_an_early_result_moves_behind_the_group():
+    each = layers()
+
+    def late(x):
+        gate = torch.tanh(apply(each[0], x)).sum(-1, keepdim=True)
+        return gate * apply(each[1], x)
+
+    assert_same(late, x_of(3), each, ([1, 1], [2]))
+
+
+def test_quantized_and_dense_layers_share_a_group():
+    dense = layers()[0]
+    packed = random_nf4(6, K)
+    quantized = (packed, *layers()[2][1:])
+
+    def mixed(x):
+        return apply(dense, x)[..., :6] * apply(quantized, x)
+
+    each = [dense, quantized[1:]]
+    assert_same(mixed, x_of(4), each, ([1, 1], [2]))
+
+
+def test_layers_of_two_inputs_become_two_calls():
+    each = layers()
+
+    def cross(x):
+        y = x * 2.0
+        q, k = apply(each[0], x), apply(each[1], y)
+        return apply(each[2], x)[..., :4] * k + apply(each[2], y)[..., :4] * q[..., :4]
+
+    assert_same(cross, x_of(3), each, ([1, 1, 1, 1], [2, 2]))
+
+
+def test_a_layer_behind_another_stays_alone():
+    """k is scaled by what q gives; one call of both would need its own result."""
+    each = layers()
+
+    def chained(x):
+        q = apply(each[0], x)
+        k = apply(each[1], x, scale=q.detach().mean())
+        return q[..., :4] * k
+
+    assert_same(chained, x_of(3), each, ([1, 1], [1, 1]))
+
+
+@pytest.mark.parametrize("write", ["method", "operator", "item"])
+def test_an_input_written_to_in_between_is_another(write):
+    each = layers()
+
+    def written(x):
+        x = x * 1.0
+        q = apply(each[0], x)
+        if write == "method":
+            x.add_(1.0)
+        elif write == "operator":
+            x += 1.0
+        else:
+            x[..., 0] = 1.0
+        return q[..., :4] * apply(each[1], x)
+
+    each[0][0].requires_grad_(False)
+    for tensor in each[0][1:]:
+        tensor.requires_grad_(False)
+    seen = []
+    x = x_of(3).detach()
+    torch.testing.assert_close(compiled(written, seen)(x), written(x))
+    assert seen == [([1, 1], [1, 1])]
+
+
+def test_layers_with_dropout_keep_masks_of_their_own():
+    each = layers()
+    seen = []
+
+    def dropped(x):
+        return apply(each[0], x, dropout_p=0.5)[..., :4] * apply(each[1], x, dropout_p=0.5)
+
+    compiled(dropped, seen)(x_of(3))
+    assert seen == [([1, 1], [1, 1])]
+
+
+def test_casts_of_autocast_are_one_input():
+    each = layers()
+
+    def attend(x):
+        q, k, v = (apply(layer, x) for layer in each)
+        return q[..., :4] * k + v[..., :4]
+
+    seen = []
+    with torch.autocast("cpu", torch.bfloat16):
+        got, want = compiled(attend, seen)(x_of(3)), attend(x_of(3))
+    torch.testing.assert_close(got, want)
+    assert seen == [([1, 1, 1], [3])]
+
+
+def test_layers_in_and_out_of_autocast_stay_apart():
+    each = layers()
+
+    def half(x):
+        with torch.autocast("cpu", torch.bfloat16):
+            q = apply(each[0], x)
+        return q.float()[..., :4] * apply(each[1], x)
+
+    assert_same(half, x_of(3), each, ([1, 1], [1, 1]))
+
+
+def tiny_llama():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, intermediate_size=48,
+    )  # fmt: skip
+    model = get_peft_model(
+        LlamaForCausalLM(config), LoraConfig(r=4, target_modules="all-linear")
+    ).train()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.2)
+    return model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_llama_trains_as_eager_with_its_layers_in_groups(
+    checkpointing, tmp_path, monkeypatch
+):
+    """q, k and v, gate and up, of both layers; checkpointed, each in a graph within the graph."""
+    grouping = importlib.import_module("mmopt.compilation.grouping")
+    merged, merge = [], grouping._merge
+    monkeypatch.setattr(
+        grouping, "_merge", lambda graph, calls: merged.append(len(calls)) or merge(graph, calls)
+    )
+    model = tiny_llama()
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    eager = copy.deepcopy(model)
+    mmopt.optimize(model)
+    batches = [{"input_ids": ids, "labels": ids} for ids in map(ids_of, (9, 14, 3))]
+    step = mmopt.compile(model, batches[0])
+    assert merged == [3, 2, 3, 2]
+    for batch in batches:
+        losses = [call(**batch).loss for call in (step, eager)]
+        for loss in losses:
+            loss.backward()
+        torch.testing.assert_close(*losses)
+        for one, other in zip(model.parameters(), eager.parameters(), strict=True):
+            torch.testing.assert_close(one.grad, other.grad, atol=1e-5, rtol=1e-4)
+        model.zero_grad()
+        eager.zero_grad()
+    assert step.recompiles == ()
+    if not checkpointing:
+        step.save(tmp_path / "store", batches[0])
+        assert merged == [3, 2, 3, 2] * 2
+
+
+def ids_of(length):
+    return torch.randint(99, (2, length), generator=torch.Generator().manual_seed(length))

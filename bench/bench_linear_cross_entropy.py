@@ -3,7 +3,8 @@
 On the CPU at small sizes and at that of a 124M Llama; on a GPU, with `-m gpu`, at those of large
 models. Time and memory of loss and gradients, as a training step needs them.
 
-Groups put the peers of one case side by side. Exact: what mmopt's op needs beyond its inputs.
+Groups put the peers of one case side by side. Exact: what mmopt's op needs beyond its inputs, and
+the bytes that it and eager move on a GPU, counted without one.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
 from mmopt.measure.memory import peak_tensor_bytes
+from mmopt.measure.traffic import operand_bytes
 from mmopt_kernels import linear_cross_entropy
 
 
@@ -100,9 +102,10 @@ CPU_PEERS = {"mmopt": mmopt, "eager": eager, "compiled": compiled}
 GPU_PEERS = CPU_PEERS | {"liger": liger}
 
 
-def runnable(case: Case, build: Callable[[Case], Loss], device: str = "cpu") -> Callable[[], Any]:
-    """Loss and gradients, once run already."""
-    g = torch.Generator(device).manual_seed(0)
+def call_of(case: Case, build: Callable[[Case], Loss], device: str) -> Callable[[], Any]:
+    """Loss and gradients."""
+    # Meta tensors have no values to draw.
+    g = None if device == "meta" else torch.Generator(device).manual_seed(0)
 
     def make(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=g, device=device).to(case.dtype)
@@ -117,6 +120,12 @@ def runnable(case: Case, build: Callable[[Case], Loss], device: str = "cpu") -> 
         found = loss(hidden, weight, labels)
         return (found, *torch.autograd.grad(found, leaves))
 
+    return call
+
+
+def runnable(case: Case, build: Callable[[Case], Loss], device: str = "cpu") -> Callable[[], Any]:
+    """What to time: a call that has run once."""
+    call = call_of(case, build, device)
     call()
     return call
 
@@ -145,6 +154,13 @@ def bench_linear_cross_entropy(benchmark: Any, case: Case, peer: str) -> None:
 def exact_linear_cross_entropy_memory(figures: Any, case: Case) -> None:
     peak = peak_tensor_bytes(runnable(case, mmopt))
     figures.record("peak tensor bytes", peak, unit="bytes")
+
+
+@pytest.mark.parametrize("case", GPU, ids=NAME)
+def exact_linear_cross_entropy_traffic(figures: Any, case: Case) -> None:
+    for peer in ("mmopt", "eager"):
+        moved = operand_bytes(call_of(case, GPU_PEERS[peer], "meta"))
+        figures.record(f"operand bytes of {peer}", moved, unit="bytes")
 
 
 @functools.lru_cache(maxsize=1)

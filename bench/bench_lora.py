@@ -4,7 +4,8 @@ On the CPU at small sizes; on a GPU, with `-m gpu`, at those of Llama-8B and Qwe
 gpu` runs every shape once and every other property beside one shape; the whole grid, 480 cases, is
 marked slow: `mmopt bench run bench/bench_lora.py -k "qwen and nf4" -- -m "gpu and slow"`.
 
-Groups put the peers of one case side by side. Exact: what mmopt's op needs beyond its inputs.
+Groups put the peers of one case side by side. Exact: what mmopt's op needs beyond its inputs, and
+the bytes that it and PEFT's form move on a GPU, counted without one.
 """
 
 from __future__ import annotations
@@ -27,12 +28,14 @@ from lora_cases import (
     GPU_PEERS,
     NAME,
     Case,
+    call_of,
     least_bytes,
     runnable,
 )
 
 from mmopt.measure.memory import peak_tensor_bytes
 from mmopt.measure.statistics import median
+from mmopt.measure.traffic import operand_bytes
 
 # 20 rounds of 8 peers: at 5 ms a call less than a second a case and direction. Compiling PEFT's
 # form and capturing graphs takes longer.
@@ -69,6 +72,16 @@ def exact_lora_memory(figures: Any, case: Case) -> None:
     for direction in DIRECTIONS:
         peak = peak_tensor_bytes(runnable(case, CPU_PEERS["mmopt"], direction))
         figures.record(f"{direction} peak tensor bytes", peak, unit="bytes")
+
+
+@pytest.mark.parametrize("case", [c for c in GPU if c.M == 8192 and c.base == "dense"], ids=NAME)
+def exact_lora_traffic(figures: Any, case: Case) -> None:
+    for direction in DIRECTIONS:
+        for peer in ("mmopt", "peft"):
+            call = call_of(case, GPU_PEERS[peer](case), direction, "meta")
+            figures.record(
+                f"{direction} operand bytes of {peer}", operand_bytes(call), unit="bytes"
+            )
 
 
 @functools.lru_cache(maxsize=1)

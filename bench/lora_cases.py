@@ -123,9 +123,14 @@ class Tensors:
     b: list[Tensor]
 
 
+def seeded(device: str, seed: int) -> torch.Generator | None:
+    """A generator on the device; meta tensors have no values to draw."""
+    return None if device == "meta" else torch.Generator(device).manual_seed(seed)
+
+
 def tensors(case: Case, device: str = "cpu") -> Tensors:
     """Random, and the same for every peer; outputs are of the size of one."""
-    generator = torch.Generator(device).manual_seed(0)
+    generator = seeded(device, 0)
 
     def randn(rows: int, columns: int, dtype: torch.dtype, spread: float = 1.0) -> Tensor:
         drawn = torch.randn(rows, columns, generator=generator, device=device)
@@ -318,7 +323,7 @@ def call_of(case: Case, op: Op, direction: str, device: str) -> Callable[[], Any
 
     if direction == "forward":
         return forward
-    generator = torch.Generator(device).manual_seed(1)
+    generator = seeded(device, 1)
     grads = [
         torch.randn(case.M, N, generator=generator, device=device).to(case.dtype) for N in case.N
     ]

@@ -29,7 +29,7 @@ def require(op: str, device: torch.device) -> None:
             f"{op}: impl is 'triton', expected an impl that can run here, because triton is not "
             "installed. Install triton, or leave impl out."
         )
-    if device.type != "cuda" and not interpreting():
+    if not on_gpu(device) and not interpreting():
         raise KernelInputError(
             f"{op}: impl is 'triton' and the tensors are on {device}, expected a GPU. Move them "
             "to one, set TRITON_INTERPRET=1 before Python starts, or leave impl out."
@@ -73,6 +73,11 @@ def assuming(target: str) -> Iterator[None]:
         yield
     finally:
         _ASSUMED.reset(token)
+
+
+def on_gpu(device: torch.device) -> bool:
+    """Tensors of ``device`` are on a GPU, or stand for such: meta tensors inside `assuming`."""
+    return device.type == "cuda" or (device.type == "meta" and _ASSUMED.get() is not None)
 
 
 def dot_precision() -> str:

@@ -6,6 +6,7 @@ Differentiable by PyTorch itself, so its gradients do not depend on the formula 
 import torch
 from torch import Tensor
 
+from mmopt_kernels._autocast import without_autocast
 from mmopt_kernels.attention.philox import keep_mask
 
 
@@ -58,7 +59,7 @@ def reference(
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
     """Out in the dtype of ``q`` and lse in the dtype computed in."""
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q):
         B, Hq, S, _ = q.shape
         group = Hq // k.shape[1]
         # [B, Hq, S, D], [B, Hq, T, D], [B, Hq, T, D]
@@ -104,7 +105,7 @@ def reference_backward(
 
     dsinks is empty without sinks.
     """
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q):
         B, Hkv, T, D = k.shape
         group = q.shape[1] // Hkv
         qw, kw, vw, dout = _wide(q), _wide(k), _wide(v), _wide(grad_out)

@@ -45,7 +45,7 @@ def dequantize(weight: NF4Weight, dtype: torch.dtype, impl: str) -> Tensor:
 def _resolve(impl: str, packed: Tensor, dtype: torch.dtype) -> str:
     """The implementation to run. Only ``"auto"`` is free to choose; the others hold or raise."""
     if impl == "auto":
-        able = packed.device.type == "cuda" and dtype != torch.float64 and _triton.installed()
+        able = _triton.on_gpu(packed.device) and dtype != torch.float64 and _triton.installed()
         return "triton" if able else "reference"
     if impl == "triton":
         _triton.require("dequantize_nf4", packed.device)

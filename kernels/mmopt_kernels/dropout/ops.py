@@ -32,7 +32,7 @@ def _resolve(impl: str, x: Tensor) -> str:
             "Leave impl out to choose by what can run."
         )
     if impl == "auto":
-        able = x.device.type == "cuda" and _triton.installed() and x.dtype in _TRITON
+        able = _triton.on_gpu(x.device) and _triton.installed() and x.dtype in _TRITON
         return "triton" if able else "reference"
     if impl == "triton":
         _triton.require("dropout", x.device)

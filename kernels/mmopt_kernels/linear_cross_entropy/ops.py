@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from mmopt_kernels import _triton
+from mmopt_kernels._autocast import without_autocast
 from mmopt_kernels.errors import KernelInputError
 from mmopt_kernels.linear_cross_entropy.chunked import (
     Arguments,
@@ -68,7 +69,7 @@ def by_columns(weight: Tensor, impl: str) -> bool:
 def _resolve(impl: str, hidden: Tensor) -> str:
     """The implementation to run. Only ``"auto"`` is free to choose; the others hold or raise."""
     if impl == "auto":
-        able = hidden.device.type == "cuda" and hidden.dtype != torch.float64
+        able = _triton.on_gpu(hidden.device) and hidden.dtype != torch.float64
         return "triton" if able and _triton.installed() else "chunked"
     if impl == "triton":
         _triton.require("linear_cross_entropy", hidden.device)
@@ -109,7 +110,7 @@ def _run(
     hidden, weight, labels, bias, a, b = inputs
     _check_labels(labels, weight.shape[0], options.ignore_index)
     chosen = _resolve(impl, hidden)
-    with torch.autocast(hidden.device.type, enabled=False):
+    with without_autocast(hidden):
         cast = _cast(*inputs)
         if chosen == "reference":
             losses = reference(*cast, *options)
@@ -277,7 +278,7 @@ def _backward(
     inputs = (hidden, weight, labels, bias, a, b)
     if needs[1] and by_columns(weight, impl):
         triton = _resolve(impl, hidden) == "triton"
-        with torch.autocast(hidden.device.type, enabled=False):
+        with without_autocast(hidden):
             found = gradients_by_columns(_cast(*inputs), weights, lse, options, needs, triton)
     else:
         _, _, found = _run(inputs, weights, options, needs, impl)

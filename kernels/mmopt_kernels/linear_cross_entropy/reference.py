@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot
 
+from mmopt_kernels._autocast import without_autocast
+
 
 def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
@@ -20,7 +22,7 @@ def reference_logits(
     softcap: float | None,
 ) -> Tensor:
     """``[M, V]``, all at once, in float32 (float64 for float64)."""
-    with torch.autocast(hidden.device.type, enabled=False):
+    with without_autocast(hidden):
         logits = _wide(hidden) @ _wide(weight).mT
         if bias is not None:
             logits = logits + _wide(bias)
@@ -70,7 +72,7 @@ def reference_backward(
     z_loss: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of hidden, weight, bias, a and b, in float32 (float64 for float64)."""
-    with torch.autocast(hidden.device.type, enabled=False):
+    with without_autocast(hidden):
         x = reference_logits(hidden, weight, bias, a, b, softcap)
         V = x.shape[1]
         seen = labels != ignore_index

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from mmopt_kernels import _triton, quantized
+from mmopt_kernels._autocast import without_autocast
 from mmopt_kernels.errors import KernelInputError
 from mmopt_kernels.lora_linear import dispatch, library
 from mmopt_kernels.lora_linear.dispatch import Choice, Plan
@@ -145,7 +146,7 @@ def _kernels(x: Tensor, impl: str) -> bool:
                 "or float32. Cast x and weight, or leave impl out."
             )
         return True
-    if impl != "auto" or x.device.type != "cuda" or x.dtype == torch.float64:
+    if impl != "auto" or not _triton.on_gpu(x.device) or x.dtype == torch.float64:
         return False
     return _triton.installed()
 
@@ -257,7 +258,7 @@ def _forward(
     x2, lead = rows(x), x.shape[:-1]
     if index is not None:
         _check_index(index, options.adapters)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         if impl == "reference":
             dense = [base.dense(x.dtype, impl) for base in bases]
             y, s = reference(x2, dense, a, b, biases, *options[:5])
@@ -507,7 +508,7 @@ def _lora_linear_backward(
 ) -> list[Tensor]:
     options = Options(adapter_index, seed, adapters, scale, dropout_p, impl)
     bases, wanted = _bases(weights, quantized, layouts), Needs.of(needs)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         if impl == "reference":
             dense = [base.dense(x.dtype, impl) for base in bases]
             dy2 = [rows(d) for d in dy]
@@ -545,7 +546,7 @@ def _derive(
     plain &= options.seed is None and options.adapter_index is None
     plain &= all(base.layout == "" for base in bases)
     if plain or ds is not None or torch.is_grad_enabled():
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             return _gradients(dy, ds, x, bases, a, b, s, options, needs, False)
     live = [i for i, d in enumerate(dy) if d is not None]
     found: list[Tensor | None] = [None] * len(needs.flat())
@@ -667,7 +668,7 @@ def _lora_weight_norm(
     ``‖w + b a‖² = ‖w‖² + 2 b·(w aᵀ) + b (a aᵀ) bᵀ``, row by row, accumulated in float32.
     """
     wide = torch.float64 if torch.float64 in (a.dtype, weight.dtype) else torch.float32
-    with torch.autocast(a.device.type, enabled=False):
+    with without_autocast(a):
         dense = Base(weight, quantized, layout).dense(_dense_dtype(a, layout), "auto")
         R, K = a.shape[-2:]
         a2 = a.reshape(math.prod(a.shape[:-1]), K).to(wide)  # [E R, K]

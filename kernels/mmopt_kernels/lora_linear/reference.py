@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mmopt_kernels._autocast import without_autocast
 from mmopt_kernels.dropout.reference import keep_mask
 
 
@@ -63,7 +64,7 @@ def reference(
         seed: int64, one element, or None without dropout.
         adapters: E.
     """
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         # The adapter is cast to the activation's dtype before anything is multiplied: that
         # rounding belongs to the contract, the widening to the oracle.
         wide_a = [_wide(factor.to(x.dtype)) for factor in a]
@@ -94,7 +95,7 @@ def reference_backward(
 
     ``dy`` has None for an output that nothing depends on. s is computed again, unrounded.
     """
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         kept = _kept(x, seed, dropout_p)
         wide_x = _wide(x)
         dropped = wide_x * kept

@@ -70,6 +70,7 @@ LORA_GROUPS = LoraGroups()
 def _groups(graph: Graph) -> Iterator[list[_Call]]:
     """Two or more calls of one x between which nothing is written to and autocast stays."""
     open_groups: dict[tuple[Any, ...], list[_Call]] = {}
+    known: set[Node] = set()
     for node in graph.nodes:
         if _is_barrier(node):
             yield from (calls for calls in open_groups.values() if len(calls) > 1)
@@ -78,10 +79,10 @@ def _groups(graph: Graph) -> Iterator[list[_Call]]:
         call = _call(node)
         if call is None:
             continue
-        calls = open_groups.setdefault(call.key, [])
-        # What a later call takes besides x must not come from an earlier one.
-        if not _reaches(call, {earlier.node for earlier in calls}):
-            calls.append(call)
+        # What a call takes besides x must be there before any that it may be joined with.
+        if not _reaches(call, known):
+            open_groups.setdefault(call.key, []).append(call)
+        known.add(node)
     yield from (calls for calls in open_groups.values() if len(calls) > 1)
 
 
@@ -147,13 +148,13 @@ def _outputs(node: Node, count: int) -> list[list[Node]] | None:
     return found
 
 
-def _reaches(call: _Call, earlier: set[Node]) -> bool:
-    """Whether anything that the call takes besides x is computed from one of the earlier calls."""
+def _reaches(call: _Call, known: set[Node]) -> bool:
+    """Whether anything that the call takes besides x is computed from one of the known calls."""
     rest = (call.weights, call.quantized, call.a, call.b, call.biases)
     todo, seen = [node for part in rest for node in part if isinstance(node, Node)], set()
     while todo:
         node = todo.pop()
-        if node in earlier:
+        if node in known:
             return True
         if node not in seen:
             seen.add(node)

@@ -260,9 +260,17 @@ def require_space(folder: Path, needed: int) -> None:
         )
 
 
+def _itself(output: Path) -> Path:
+    return output
+
+
 @contextmanager
 def staged_folder(
-    output: Path, *, replace: bool = False, ours: Callable[[Path], None] = require_artifact
+    output: Path,
+    *,
+    replace: bool = False,
+    ours: Callable[[Path], None] = require_artifact,
+    place: Callable[[Path], Path] = _itself,
 ) -> Iterator[Path]:
     """Yield a staging folder beside `output` that becomes `output` when the block succeeds.
 
@@ -274,12 +282,14 @@ def staged_folder(
             for the new one in one step where the file system can.
         replace: whether a folder of ours may be replaced.
         ours: raises InputError for a folder that must not be replaced.
+        place: asked when the block has succeeded which folder beside `output` it becomes instead,
+            by the same rules.
 
     Raises:
         InputError: `output` exists and may not be replaced.
         MmoptError: the file system refused a write (disk full, read-only); exit 3.
     """
-    with staged_folders([output], replace=replace, ours=ours) as (folder,):
+    with staged_folders([output], replace=replace, ours=ours, place=place) as (folder,):
         yield folder
 
 
@@ -289,6 +299,7 @@ def staged_folders(
     *,
     replace: bool = False,
     ours: Callable[[Path], None] = require_artifact,
+    place: Callable[[Path], Path] = _itself,
 ) -> Iterator[list[Path]]:
     """`staged_folder` for several folders: all appear, or none does and all are as before."""
     for output in outputs:
@@ -301,7 +312,7 @@ def staged_folders(
             made += _make_parents(output)
             staged.append(_scratch(output))
         yield list(staged)
-        for output, folder in zip(outputs, staged, strict=True):
+        for output, folder in zip(map(place, outputs), staged, strict=True):
             # mkdtemp makes the folder private to the user; an artifact is read by others too.
             folder.chmod(0o777 & ~_umask())
             # It may have changed while the block ran.

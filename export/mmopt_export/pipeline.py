@@ -18,7 +18,7 @@ from mmopt_export.adapters.spec import AdapterSpec
 from mmopt_export.adapters.swap import Swap, SwapLinear, swappable
 from mmopt_export.card import write_card
 from mmopt_export.checkpoint import load_checkpoint
-from mmopt_export.files import require_output, require_space, staged_folder
+from mmopt_export.files import require_artifact, require_output, require_space, staged_folder
 from mmopt_export.finishing import FULL, TracedGraph, finish, recipes_of, width_of
 from mmopt_export.graph import trace
 from mmopt_export.manifest import (
@@ -35,6 +35,7 @@ from mmopt_export.placement import CPU, Placement
 from mmopt_export.progress import Progress, silent
 from mmopt_export.providers import AUTO, Target, get_target
 from mmopt_export.quantization import FLOATS, require_heeded, rewrite_for_cpu
+from mmopt_export.replacing import failed_place, is_kept, require_failed
 from mmopt_export.runtime import MODEL_NAME, has_provider, runtime_version
 from mmopt_export.signing import read_private_key, sign
 from mmopt_export.tasks import make_plan
@@ -54,6 +55,7 @@ class ExportReport:
 
     Attributes:
         path: the artifact.
+        kept: the artifact that stands where this one was to go, and stays since this one failed.
         status: as in the manifest.
         size: bytes of all files.
         stages: parity of every graph at every stage.
@@ -63,6 +65,7 @@ class ExportReport:
     """
 
     path: Path
+    kept: Path | None
     task: str
     precision: str
     status: str
@@ -83,6 +86,7 @@ class ExportReport:
         return {
             **asdict(self),
             "path": str(self.path),
+            "kept": str(self.kept) if self.kept is not None else None,
             "placement": [placement.to_dict() for placement in self.placement],
         }
 
@@ -94,6 +98,7 @@ class ExportReport:
             *(line for placement in self.placement for line in placement.lines()),
             *_auto_lines(self.quantization),
             f"{self.path}: {self.task}, {self.precision}, {self.size / 1e6:.1f} MB, {self.status}",
+            *([] if self.kept is None else [f"{self.kept} is as it was, since the new one failed"]),
         )
 
 
@@ -158,7 +163,8 @@ def export(
             artifact `unproven`: `mmopt verify --record` on its target then makes it `verified`. Not
             in bf16, which the CPU cannot run.
         sign_key: a private Ed25519 key in PEM, to sign the manifest with.
-        force: replace an artifact that is there.
+        force: replace an artifact that is there. One that failed replaces only another that failed,
+            and goes to `OUTPUT.failed` where it must not.
 
     Raises:
         InputError: bad input, before anything is written (exit 2).
@@ -184,9 +190,10 @@ def export(
         )
     if swap and not specs:
         raise InputError("--adapters swap needs an adapter, expected --adapter PATH.")
-    require_output(
-        output, sources=map(Path, [model, *(spec.path for spec in specs)]), replace=force
-    )
+    sources = [Path(model), *(Path(spec.path) for spec in specs)]
+    require_output(output, sources=sources, replace=force)
+    if is_kept(output):
+        require_output(failed_place(output), sources=sources, replace=True, ours=require_failed)
     key = read_private_key(sign_key) if sign_key is not None else None
     if calibration is not None and not calibration.is_file():
         raise InputError(f"{calibration} does not exist, expected a JSON Lines file.")
@@ -204,7 +211,12 @@ def export(
             "that has it, or pass --precision fp16."
         )
     provider = destination.provider if provable else CPU
-    with staged_folder(output, replace=force) as folder:
+    path = output
+
+    def ours(place: Path) -> None:
+        (require_artifact if place == output else require_failed)(place)
+
+    with staged_folder(output, replace=force, ours=ours, place=lambda _output: path) as folder:
         traced = _trace(
             model,
             folder,
@@ -245,14 +257,17 @@ def export(
         write_parity(folder, stages, [sample for of_graph in samples for sample in of_graph])
         holds = all(stage.holds for stage in stages if stage.gates)
         placed = all(placement.holds for placement in placements) or not provable
+        status = _status(holds, placed, provable=provable, allow_drift=allow_drift)
+        kept = status == "failed" and is_kept(output)
+        path = failed_place(output) if kept else output
         manifest = Manifest(
-            name=output.name,
+            name=path.name,
             task=traced.task,
             architecture=traced.architecture,
             target=target,
             provider=destination.provider,
             precision=reached,
-            status=_status(holds, placed, provable=provable, allow_drift=allow_drift),
+            status=status,
             opset=traced.opset,
             minimum_onnxruntime=MINIMUM_ONNXRUNTIME,
             components=components,
@@ -275,7 +290,8 @@ def export(
         if key is not None:
             sign(folder, key)
     return ExportReport(
-        path=output,
+        path=path,
+        kept=output if kept else None,
         task=manifest.task,
         precision=reached,
         status=manifest.status,

@@ -52,7 +52,9 @@ def export(
         bool, typer.Option("--unproven", help="Write it without the target's provider here.")
     ] = False,
     sign: Annotated[Path | None, typer.Option(help="A private key, PEM, to sign it with.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace the artifact in OUTPUT.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace the artifact in OUTPUT, if the new one holds.")
+    ] = False,
     json: JsonOption = False,
 ) -> Report:
     """Merge the adapters into MODEL, export to ONNX, prove parity, write the artifact.

@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from rich.console import Console
 
 import mmopt_export.parity
 from mmopt_export import Runner, export, load_checkpoint, read_manifest, verify
@@ -193,6 +194,35 @@ def test_failed_parity_is_marked_and_not_served_and_force_with_accepted_drift_re
     assert not all(stage.holds for stage in report.stages)
     assert read_manifest(output).status == "accepted"
     assert Runner(output).classify(["a"]).shape == (1, 3)
+
+
+@pytest.mark.usefixtures("impossible")
+def test_a_failed_artifact_replaces_none_but_a_failed_one_and_is_left_beside_others(
+    classifier: Path, tmp_path: Path
+) -> None:
+    output = make_artifact(tmp_path / "out")
+    beside = make_artifact(tmp_path / "out.failed", status="failed")
+    before, old = read_manifest(output), read_manifest(beside)
+    report = export(str(classifier), output, precision="int8", force=True)
+    assert (report.exit_code, report.path, report.kept) == (1, beside, output)
+    assert read_manifest(output) == before
+    failed = read_manifest(beside)
+    assert (failed.status, failed.name) == ("failed", "out.failed")
+    assert failed != old
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.failed"]
+    assert report.to_dict()["kept"] == str(output)
+    console = Console(record=True, width=1000)
+    console.print(report.render())
+    assert f"{output} is as it was, since the new one failed" in console.export_text()
+
+
+def test_what_stands_where_a_failed_artifact_would_go_is_named_before_the_work(
+    tmp_path: Path,
+) -> None:
+    output = make_artifact(tmp_path / "out")
+    make_artifact(tmp_path / "out.failed")
+    with pytest.raises(InputError, match=r"out\.failed is where an artifact goes that fails"):
+        export("nowhere", output, force=True)
 
 
 def test_an_artifact_for_a_newer_runtime_says_what_to_install(tmp_path: Path) -> None:

@@ -74,6 +74,37 @@ def read_texts(path: Path, *, text: str = "text", label: str | None = None) -> L
     return LabelledTexts(texts, labels if label is not None else None)
 
 
+_MOST_NAMES = 20  # that a message lists
+
+
+def read_class_labels(path: Path, names: Sequence[str], *, limit: int) -> list[int] | None:
+    """The labels of the first lines of a JSON Lines file, for a classifier.
+
+    Args:
+        names: the classes.
+        limit: how many are returned; every line is checked.
+
+    Returns:
+        For each line the index of its "label" in `names`, -1 where it has none; None where no line
+        has one.
+
+    Raises:
+        InputError: as `read_rows`, or a label is none of `names`; the message names the line.
+    """
+    index = {name: number for number, name in enumerate(names)}
+    labels: list[int] = []
+    for number, row in read_rows(path):
+        label = row.get("label")
+        if label is not None and str(label) not in index:
+            more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+            raise InputError(
+                f"{path}, line {number}: the model has no label {label!r}, expected one of: "
+                f"{', '.join(names[:_MOST_NAMES])}{more}. Correct it, or leave it out."
+            )
+        labels.append(-1 if label is None else index[str(label)])
+    return labels[:limit] if any(label >= 0 for label in labels) else None
+
+
 def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """The objects of a JSON Lines file, each with the number of its line; empty lines are skipped.
 

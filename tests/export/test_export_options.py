@@ -428,6 +428,17 @@ def test_calibration_without_the_column_is_refused_with_its_line(
     assert not (tmp_path / "out").exists()
 
 
+def test_calibration_with_a_label_that_the_model_has_not_is_refused_with_its_line(
+    classifier: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"text": "a", "label": "class"}\n{"text": "a", "label": "module"}\n')
+    message = "line 2: the model has no label 'module', expected one of: class, function, method"
+    with pytest.raises(InputError, match=message):
+        export(str(classifier), tmp_path / "out", calibration=data)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 def test_accuracy_is_measured_where_calibration_has_labels(
     classifier: Path, texts: Path, tmp_path: Path

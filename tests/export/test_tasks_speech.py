@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from mmopt_export import Runner, export
+from mmopt_export import Runner, export, load_checkpoint
 from mmopt_export.preprocessing import decode_ctc, frames_of, open_sound, process_sounds
+from mmopt_export.tasks import make_plan
 from mmopt_kernels.errors import InputError
 from tiny_encoders import save_sound, save_speech_encoder
 
@@ -103,6 +104,22 @@ def test_what_lies_behind_a_mask_has_no_part_in_the_letters(tmp_path: Path) -> N
     seen = runner.run(without)["logits"]
     np.testing.assert_allclose(seen[0], logits[0], atol=1e-5)
     assert np.abs(seen[1] - logits[1]).max() > 1e-3
+
+
+def test_sounds_of_calibration_have_the_labels_of_their_lines(tmp_path: Path) -> None:
+    model = save_speech_encoder(tmp_path / "model", "Wav2Vec2", "ForSequenceClassification")
+    data = save_lines(tmp_path)
+    # The longest first: batches are sorted by length.
+    rows = [json.loads(line) for line in data.read_text().splitlines()][::-1]
+    labels = ("method", "function", "class")
+    lines = [json.dumps({**row, "label": one}) for row, one in zip(rows, labels, strict=True)]
+    data.write_text("\n".join(lines))
+    (part,) = make_plan(load_checkpoint(str(model)), calibration=data).parts
+    found = [sample.labels for sample in part.sampled() if sample.kind == "audio"]
+    assert [one["logits"].tolist() for one in found] == [[0, 1, 2]]
+    data.write_text(json.dumps({**rows[0], "label": "module"}))
+    with pytest.raises(InputError, match="line 1: the model has no label 'module', expected one"):
+        make_plan(load_checkpoint(str(model)), calibration=data)
 
 
 def test_another_feature_extractor_and_other_models_are_refused(tmp_path: Path) -> None:

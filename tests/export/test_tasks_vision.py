@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from mmopt_export import Runner, export
+from mmopt_export import Runner, export, load_checkpoint
 from mmopt_export.preprocessing import open_image, process_images
+from mmopt_export.tasks import make_plan
 from mmopt_kernels.errors import InputError
 from tiny_encoders import picture, save_vision_encoder
 
@@ -141,6 +142,19 @@ def test_pictures_of_another_size_than_the_models_are_refused(tmp_path: Path) ->
     with pytest.raises(InputError, match="has no image processor"):
         export(str(model), tmp_path / "out", precision="fp32")
     assert not (tmp_path / "out").exists()
+
+
+def test_pictures_of_calibration_have_the_labels_of_their_lines(tmp_path: Path) -> None:
+    model = save_vision_encoder(tmp_path / "model", "ViT", "ForImageClassification")
+    data = save_lines(tmp_path, 2)
+    first, second = map(json.loads, data.read_text().splitlines())
+    data.write_text(json.dumps({**first, "label": "method"}) + "\n" + json.dumps(second))
+    (part,) = make_plan(load_checkpoint(str(model)), calibration=data).parts
+    labels = [sample.labels for sample in part.sampled() if sample.kind == "image"]
+    assert [one["logits"].tolist() for one in labels] == [[2, -1]]
+    data.write_text(json.dumps({**first, "label": "module"}))
+    with pytest.raises(InputError, match="line 1: the model has no label 'module', expected one"):
+        make_plan(load_checkpoint(str(model)), calibration=data)
 
 
 def test_calibration_data_without_pictures_is_refused_with_its_line(

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mmopt_export.texts import read_texts
+from mmopt_export.texts import read_class_labels, read_texts
 from mmopt_kernels.errors import InputError
 
 
@@ -35,6 +35,25 @@ def test_a_bad_file_is_named_with_its_line(tmp_path: Path, content: bytes, messa
     path.write_bytes(content)
     with pytest.raises(InputError, match=message):
         read_texts(path, label="label")
+
+
+def test_labels_of_a_classifier_are_indices_and_may_be_missing(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"label": "b"}\n{"label": null}\n{}\n{"label": 7}\n')
+    assert read_class_labels(path, ("a", "b", "7"), limit=9) == [1, -1, -1, 2]
+    assert read_class_labels(path, ("a", "b", "7"), limit=2) == [1, -1]
+    path.write_text('{"text": "a"}\n')
+    assert read_class_labels(path, ("a", "b"), limit=9) is None
+
+
+def test_a_label_that_a_classifier_has_not_is_named_with_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"label": "a"}\n{"label": 1}\n')
+    with pytest.raises(InputError, match="line 2: the model has no label 1, expected one of: a, b"):
+        read_class_labels(path, ("a", "b"), limit=1)
+    names = [f"class {index}" for index in range(1000)]
+    with pytest.raises(InputError, match=r"no label 'a', .* class 18, class 19 and 980 more"):
+        read_class_labels(path, names, limit=1)
 
 
 def test_a_folder_is_no_file(tmp_path: Path) -> None:

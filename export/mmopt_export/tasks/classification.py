@@ -13,7 +13,8 @@ def plan(checkpoint: Checkpoint, calibration: Path | None) -> Plan:
     """The plan for a classifier of texts or of their tokens: logits `[B, C]` or `[B, L, C]`.
 
     Raises:
-        InputError: it does not read token ids, has no tokenizer, or gives several labels a text.
+        InputError: it does not read token ids, has no tokenizer, gives several labels a text, or
+            calibration data has other labels.
     """
     model, tokenizer = checkpoint.model, checkpoint.tokenizer
     name = type(model).__name__

@@ -1,6 +1,6 @@
 """What the tasks that read images share: the processor's constants, its files, and samples."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,10 +10,12 @@ import transformers
 from torch import Tensor
 
 from mmopt_export.parity import RANDOM
+from mmopt_export.parts import Samples
 from mmopt_export.preprocessing import process_images, resample_name
 from mmopt_export.records import Record, read_images
 from mmopt_export.runtime import Tensors
 from mmopt_export.tasks import processors
+from mmopt_export.texts import read_class_labels
 from mmopt_kernels.errors import InputError
 
 if TYPE_CHECKING:
@@ -66,17 +68,29 @@ class ImageProcessing:
         """Copy the processor's files into an artifact."""
         processors.copy_files(self._folder, folder)
 
-    def batches(self, records: Sequence[Record]) -> Iterator[tuple[str, Tensors]]:
+    def batches(
+        self, records: Sequence[Record], labels: Sequence[int] | None
+    ) -> Iterator[tuple[str, Tensors, Tensors]]:
         """The pictures of a calibration file in batches of one size, as samples of parity."""
         size = _BATCH if self.size is not None else 1
         for start in range(0, len(records), size):
             images = [record.values[IMAGE_COLUMN] for record in records[start : start + size]]
-            yield IMAGE_COLUMN, {"pixel_values": process_images(images, self.constants)}
+            right = {"logits": np.array(labels[start : start + size])} if labels else {}
+            yield IMAGE_COLUMN, {"pixel_values": process_images(images, self.constants)}, right
 
 
 def calibration_images(path: Path | None, *, text: str | None = None) -> list[Record]:
     """The first pictures of a calibration file, with the column `text`; none without a file."""
     return [] if path is None else read_images(path, IMAGE_COLUMN, limit=_MAX_IMAGES, text=text)
+
+
+def calibration_labels(path: Path | None, names: Sequence[str]) -> list[int] | None:
+    """Of each of those pictures the index of its label, or -1; None where there are no labels.
+
+    Raises:
+        InputError: a label is none of `names`.
+    """
+    return read_class_labels(path, names, limit=_MAX_IMAGES) if path is not None else None
 
 
 def example_images(channels: int, height: int, width: int) -> dict[str, Tensor]:
@@ -105,12 +119,17 @@ def image_samples(
     channels: int,
     sizes: Sequence[tuple[int, int, int]],
     records: Sequence[Record],
-) -> Callable[[], Iterator[tuple[str, Tensors]]]:
-    """The batches of parity: random pixels, then real pictures."""
+    labels: Sequence[int] | None = None,
+) -> Samples:
+    """The batches of parity: random pixels, then real pictures.
 
-    def samples() -> Iterator[tuple[str, Tensors]]:
+    Args:
+        labels: of each picture the index of its label, or -1, for the output `logits`.
+    """
+
+    def samples() -> Iterator[tuple[str, Tensors] | tuple[str, Tensors, Tensors]]:
         yield from random_images(channels, sizes)
-        yield from processing.batches(records)
+        yield from processing.batches(records, labels)
 
     return samples
 

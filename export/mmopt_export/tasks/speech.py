@@ -15,6 +15,7 @@ from mmopt_export.preprocessing import frames_of, process_sounds
 from mmopt_export.records import Record, read_sounds
 from mmopt_export.runtime import MODEL, Tensors
 from mmopt_export.tasks import processors
+from mmopt_export.texts import read_class_labels
 from mmopt_kernels.errors import InputError
 
 AUDIO_COLUMN = "audio"
@@ -39,7 +40,7 @@ def plan(checkpoint: Checkpoint, calibration: Path | None) -> Plan:
 
     Raises:
         InputError: no feature extractor or another kind of it, no vocabulary, or calibration data
-            without sounds.
+            without sounds or with other labels.
     """
     model = checkpoint.model
     config = model.config
@@ -51,7 +52,8 @@ def plan(checkpoint: Checkpoint, calibration: Path | None) -> Plan:
         raise InputError(f"{name} has an adapter behind its encoder, expected none.")
     folder = resolve(checkpoint.source)
     audio = _audio(folder, config)
-    labels = {} if recognizes else config.id2label
+    id2label = {} if recognizes else config.id2label
+    labels = tuple(str(id2label[index]) for index in range(len(id2label)))
     preprocessing: dict[str, Any] = {"audio": audio}
     if recognizes:
         preprocessing["ctc"] = _vocabulary(folder, config)
@@ -61,6 +63,11 @@ def plan(checkpoint: Checkpoint, calibration: Path | None) -> Plan:
         )
         if calibration is not None
         else []
+    )
+    right = (
+        read_class_labels(calibration, labels, limit=_MAX_SOUNDS)
+        if calibration is not None and not recognizes
+        else None
     )
     example = _random(audio, 2, 16)
     inputs = list(example)
@@ -80,14 +87,14 @@ def plan(checkpoint: Checkpoint, calibration: Path | None) -> Plan:
                 inputs={key: torch.from_numpy(value) for key, value in example.items()},
                 axes=dict.fromkeys(inputs, _AXES),
                 outputs=("logits",),
-                samples=lambda: _samples(audio, records),
+                samples=lambda: _samples(audio, records, right),
                 minimums={"samples": _samples_for(_LEAST_FRAMES, audio)},
                 scores=("logits",),
                 valid=valid if recognizes and audio["mask"] else None,
             ),
         ),
         write=lambda place: processors.copy_files(folder, place, _FILES),
-        labels=tuple(str(labels[index]) for index in range(len(labels))),
+        labels=labels,
         preprocessing=preprocessing,
     )
 
@@ -166,11 +173,20 @@ def _random(audio: dict[str, Any], batch: int, frames: int) -> Tensors:
     return process_sounds(sounds, audio)
 
 
-def _samples(audio: dict[str, Any], records: Sequence[Record]) -> Iterator[tuple[str, Tensors]]:
-    """The batches of parity: tones in noise of several lengths, then real sounds."""
+def _samples(
+    audio: dict[str, Any], records: Sequence[Record], labels: Sequence[int] | None
+) -> Iterator[tuple[str, Tensors, Tensors]]:
+    """The batches of parity: tones in noise of several lengths, then real sounds.
+
+    Args:
+        labels: of each sound the index of its label, or -1, for the output `logits`.
+    """
     for batch, frames in _GRID:
-        yield RANDOM, _random(audio, batch, frames)
+        yield RANDOM, _random(audio, batch, frames), {}
     # Sorted by length, so that little of a batch is padding.
-    sounds = sorted((record.values[AUDIO_COLUMN] for record in records), key=len)
-    for start in range(0, len(sounds), _BATCH):
-        yield AUDIO_COLUMN, process_sounds(sounds[start : start + _BATCH], audio)
+    sounds = [record.values[AUDIO_COLUMN] for record in records]
+    order = sorted(range(len(sounds)), key=lambda index: len(sounds[index]))
+    for start in range(0, len(order), _BATCH):
+        chosen = order[start : start + _BATCH]
+        right = {"logits": np.array([labels[index] for index in chosen])} if labels else {}
+        yield AUDIO_COLUMN, process_sounds([sounds[index] for index in chosen], audio), right

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mmopt_export.parity import RANDOM
 from mmopt_export.runtime import Tensors
-from mmopt_export.texts import read_rows, read_texts
+from mmopt_export.texts import read_class_labels, read_texts
 from mmopt_kernels.errors import InputError
 
 # What a tokenizer gives that a text encoder may take; all int64 [batch, sequence].
@@ -117,13 +117,12 @@ def calibration_texts(path: Path | None) -> list[str]:
 
 
 def calibration_labels(path: Path | None, names: Sequence[str]) -> list[int] | None:
-    """The index of each of those texts' labels, -1 where it has none of `names`; None without."""
-    if path is None:
-        return None
-    rows = [str(row.get("label")) for _, row in read_rows(path)][:_MAX_TEXTS]
-    known = {name: index for index, name in enumerate(names)}
-    labels = [known.get(label, -1) for label in rows]
-    return labels if any(label >= 0 for label in labels) else None
+    """Of each of those texts the index of its label, or -1; None where there are no labels.
+
+    Raises:
+        InputError: a label is none of `names`.
+    """
+    return read_class_labels(path, names, limit=_MAX_TEXTS) if path is not None else None
 
 
 def text_samples(

@@ -29,7 +29,8 @@ def plan(checkpoint: Checkpoint, calibration: Path | None) -> Plan:
 
     Raises:
         InputError: no image processor or one that cannot be exported, pictures of another size
-            than the model takes, several labels a picture, or calibration data without pictures.
+            than the model takes, several labels a picture, or calibration data without pictures or
+            with other labels.
     """
     model = checkpoint.model
     name = type(model).__name__
@@ -52,7 +53,9 @@ def plan(checkpoint: Checkpoint, calibration: Path | None) -> Plan:
     example = image.example_images(channels, height, width)
     outputs = ("logits",) if classifies else _states(model, example)
     records = image.calibration_images(calibration)
-    labels = config.id2label if classifies else {}
+    id2label = config.id2label if classifies else {}
+    labels = tuple(str(id2label[index]) for index in range(len(id2label)))
+    right = image.calibration_labels(calibration, labels) if classifies else None
     axes = {0: "batch", 2: "height", 3: "width"} if free else {0: "batch"}
     return Plan(
         task="image-classification" if classifies else "image-feature-extraction",
@@ -64,13 +67,13 @@ def plan(checkpoint: Checkpoint, calibration: Path | None) -> Plan:
                 inputs=example,
                 axes={"pixel_values": axes},
                 outputs=outputs,
-                samples=image.image_samples(processing, channels, sizes, records),
+                samples=image.image_samples(processing, channels, sizes, records, right),
                 minimums=dict.fromkeys(("height", "width"), _LEAST_SIDE) if free else {},
                 scores=("logits",) if classifies else (),
             ),
         ),
         write=processing.write,
-        labels=tuple(str(labels[index]) for index in range(len(labels))),
+        labels=labels,
         preprocessing={"image": processing.constants},
     )
 

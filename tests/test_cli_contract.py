@@ -1,5 +1,6 @@
 """Every command: exit codes, one JSON document on stdout, one message on stderr, no traceback."""
 
+import errno
 import json
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from mmopt.cli.main import app
 from tiny_artifacts import make_artifact, save_pair
 
 MMOPT = [sys.executable, "-m", "mmopt"]
@@ -42,6 +44,47 @@ def test_bad_input_exits_2_with_one_message_and_no_traceback(name: str, tmp_path
     assert document["exit_code"] == 2
     assert document["error"]["message"].startswith("/no/such/")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", BAD_CALLS)
+def test_a_name_that_is_too_long_is_said_as_other_bad_input(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = "a" * 300
+    bad = [argument.format(tmp=tmp_path) for argument in BAD_CALLS[name]]
+    arguments = [f"/{long}" if argument.startswith("/no/such") else argument for argument in bad]
+    with pytest.raises(SystemExit) as stopped:
+        app([*arguments, "--json"])
+    captured = capsys.readouterr()
+    assert stopped.value.code == 2, captured.err
+    assert json.loads(captured.out)["exit_code"] == 2
+    assert f"error: /{long[:79]}" in captured.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_path_that_may_not_be_looked_at_exits_3(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(path: Path) -> bool:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_file", refuse)
+    with pytest.raises(SystemExit) as stopped:
+        app(["verify", "closed", "--json"])
+    captured = capsys.readouterr()
+    assert stopped.value.code == 3
+    assert captured.err.startswith("error: closed/mmopt.json may not be looked at (permission")
+
+
+def test_an_error_of_the_system_that_is_no_bad_path_keeps_its_traceback(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(path: Path) -> bool:
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    monkeypatch.setattr(Path, "is_file", refuse)
+    with pytest.raises(OSError, match="Input/output error"):
+        app(["verify", "broken"])
 
 
 def test_a_hub_id_that_cannot_be_reached_exits_3(tmp_path: Path) -> None:

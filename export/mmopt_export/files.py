@@ -124,8 +124,8 @@ def require_new_folder(output: Path) -> None:
     """Refuse an output path that would overwrite something, or where no folder can be made.
 
     Raises:
-        InputError: `output` is a file, a link, a folder with anything in it, or below a file, or
-            its name is too long.
+        InputError: `output` is a file, a link, a folder with anything in it, or below a file or a
+            link to nothing, or its name is too long.
     """
     _require_plain_path(output)
     if not output.exists():
@@ -226,7 +226,7 @@ def _require_free(output: Path, replace: bool, ours: Callable[[Path], None]) -> 
 
 
 def _require_plain_path(output: Path) -> None:
-    """A path that a file system can hold, and no link."""
+    """A path that a file system can hold, and neither a link nor below one to nothing."""
     whole = len(os.fsencode(output.absolute()))
     longest = max(len(os.fsencode(part)) for part in output.absolute().parts)
     if longest > _NAME_BYTES or whole > _PATH_BYTES:
@@ -239,6 +239,13 @@ def _require_plain_path(output: Path) -> None:
             f"{output} is a symbolic link, expected a folder or nothing. "
             f"Pass {os.readlink(output)}, or remove the link."
         )
+    for parent in output.absolute().parents:
+        # A loop of links does not exist either.
+        if parent.is_symlink() and not parent.exists():
+            raise InputError(
+                f"{output} lies below {parent}, a symbolic link to {os.readlink(parent)}, which "
+                "does not exist. Make that folder, or remove the link."
+            )
 
 
 def _is_empty_folder(path: Path) -> bool:

@@ -5,6 +5,7 @@ errors go to stderr. Exit codes: 0 done and holds, 1 ran and does not hold, 2 ba
 input, 3 could not run or could not decide.
 """
 
+import errno
 import functools
 import json
 import sys
@@ -23,12 +24,14 @@ from rich.progress import (
 )
 from rich.progress import Progress as RichProgress
 
-from mmopt_kernels.errors import MmoptError
+from mmopt_kernels.errors import InputError, MmoptError
 
 P = ParamSpec("P")
 
 stdout = Console()
 stderr = Console(stderr=True)
+
+_MOST_OF_PATH = 80  # characters that a message about it shows
 
 JsonOption = Annotated[
     bool, typer.Option("--json", help="One JSON document on stdout, progress on stderr.")
@@ -60,9 +63,12 @@ def command(function: Callable[P, Report]) -> Callable[P, None]:
         as_json = bool(kwargs["json"])
         try:
             report = function(*args, **kwargs)
-        except MmoptError as error:
-            show_error(error, as_json)
-            raise typer.Exit(error.exit_code) from None
+        except (MmoptError, OSError) as error:
+            said = error if isinstance(error, MmoptError) else _of_path(error)
+            if said is None:
+                raise
+            show_error(said, as_json)
+            raise typer.Exit(said.exit_code) from None
         except KeyboardInterrupt:
             stderr.print("interrupted")
             raise typer.Exit(130) from None
@@ -75,6 +81,28 @@ def command(function: Callable[P, Report]) -> Callable[P, None]:
     # Typer reads the return annotation too; the wrapper returns nothing.
     run.__annotations__ = {**function.__annotations__, "return": None}
     return run
+
+
+def _of_path(error: OSError) -> MmoptError | None:
+    """What an error says of a path that a user gave; None where it is about something else.
+
+    Here for all commands: `Path.exists` and its like, which each of them asks first, raise these.
+    """
+    if error.filename is None:
+        return None
+    name = str(error.filename)
+    shown = name if len(name) <= _MOST_OF_PATH else f"{name[:_MOST_OF_PATH]}..."
+    if error.errno == errno.ENAMETOOLONG:
+        return InputError(
+            f"{shown} is longer than a path or a name in it can be, expected one that exists. "
+            "Check what was passed."
+        )
+    if error.errno == errno.EACCES:
+        return MmoptError(
+            f"{shown} may not be looked at (permission denied), expected a path that you may use. "
+            "Change its permissions, or pass another."
+        )
+    return None
 
 
 def show_error(error: MmoptError, as_json: bool) -> None:

@@ -111,6 +111,23 @@ def test_an_output_that_is_a_file_is_refused(tmp_path: Path) -> None:
         pass
 
 
+@pytest.mark.parametrize("name", ["out", "deep/out"])
+def test_an_output_below_a_link_to_nothing_is_refused_before_the_work(
+    tmp_path: Path, name: str
+) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "nowhere")
+    message = r"lies below \S*link, a symbolic link to \S*nowhere, which does not exist\. Make"
+    for refuse in (files.require_new_folder, files.require_output):
+        with pytest.raises(InputError, match=message):
+            refuse(link / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["link"]
+    (tmp_path / "nowhere").mkdir()
+    with staged_folder(link / name) as folder:
+        (folder / "a").write_text("new")
+    assert (tmp_path / "nowhere" / name / "a").read_text() == "new"
+
+
 def test_too_little_space_is_refused_early(tmp_path: Path) -> None:
     with pytest.raises(MmoptError, match="MB free, expected at least"):
         require_space(tmp_path / "not" / "yet", 1 << 60)

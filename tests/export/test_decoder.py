@@ -70,6 +70,16 @@ def test_family_matches_eager(family: str) -> None:
     assert parity.max_error < TOLERANCE
 
 
+@pytest.mark.parametrize("family", ["opt", "bert"])
+def test_ids_and_positions_that_are_looked_up_apart_may_be_padded(family: str) -> None:
+    """Padding is dropped from both: the memory of one was reused for the other's former length."""
+    exported = traced(family)
+    samples = [one for one in exported.part.sampled() if one.kind == "resume-padded"]
+    assert len(samples) == 1
+    for optimize in (False, True):
+        assert_parity(exported.part, exported.session(optimize=optimize), samples)
+
+
 def test_a_graph_has_ort_ops_and_no_leftovers() -> None:
     """What makes it fast: attention that rotates and takes q, k and v as one, and fused norms."""
     nodes = traced("llama").nodes
@@ -433,6 +443,21 @@ def _mamba() -> Any:
     )
 
 
+def _roberta() -> Any:
+    from transformers import RobertaConfig, RobertaForCausalLM
+
+    config = RobertaConfig(
+        vocab_size=31,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        is_decoder=True,
+    )
+    return RobertaForCausalLM(config)
+
+
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
@@ -441,6 +466,7 @@ def _mamba() -> Any:
         pytest.param(_chunked_llama4, "neither causal nor a causal window", id="chunks"),
         pytest.param(_latent_attention, "other keys than it put into the cache", id="latent"),
         pytest.param(_mamba, "MambaForCausalLM", id="state-space"),
+        pytest.param(_roberta, "does not count its positions from 0", id="offset"),
     ],
 )
 def test_what_the_graph_cannot_express_is_refused_by_name(

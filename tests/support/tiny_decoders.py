@@ -98,6 +98,15 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "glm": lambda: _config("Glm", head_dim=16, partial_rotary_factor=0.5),
     "smollm3": lambda: _config("SmolLM3", no_rope_layers=[1, 0]),
     "stablelm": lambda: _config("StableLm", partial_rotary_factor=0.5),
+    "opt": lambda: _config(
+        "OPT",
+        num_key_value_heads=None,
+        ffn_dim=56,
+        word_embed_proj_dim=32,
+        init_std=SPREAD,
+    ),
+    "bert": lambda: _config("Bert", num_key_value_heads=None, is_decoder=True),
+    "biogpt": lambda: _config("BioGpt", num_key_value_heads=None),
     "phi": lambda: _config("Phi", partial_rotary_factor=0.5, num_key_value_heads=4),
 }
 

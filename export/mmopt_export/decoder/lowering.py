@@ -363,6 +363,26 @@ def survey(model: Any, inputs: dict[str, Tensor], positions: int, layers: int) -
     return found
 
 
+def require_positions_from_0(model: Any, ids: Tensor) -> None:
+    """Refuse a model whose own positions, which it was trained with, are not 0, 1, 2 and so on.
+
+    RoBERTa and its relatives count from behind their padding id where no positions are given, and
+    take those that are given as they are.
+
+    Args:
+        ids: int64 `[B, S]`.
+
+    Raises:
+        InputError: its positions are others.
+    """
+    positions = torch.arange(ids.shape[1]).expand(ids.shape)
+    with torch.no_grad():
+        own = model(input_ids=ids, use_cache=False, return_dict=True).logits
+        given = model(input_ids=ids, position_ids=positions, use_cache=False, return_dict=True)
+    if not torch.allclose(own, given.logits, rtol=0, atol=_SAME * float(own.abs().max())):
+        raise _refusal(f"{type(model).__name__} does not count its positions from 0")
+
+
 def call(model: Any, cache: Cache, inputs: dict[str, Tensor]) -> Any:
     """`model(...)` with the cache under the name that this transformers gives it; its logits."""
     if "position_ids" not in inspect.signature(model.forward).parameters:

@@ -27,6 +27,7 @@ from mmopt_export.decoder.lowering import (
     Survey,
     call,
     lowered,
+    require_positions_from_0,
     steady_positions,
     survey,
 )
@@ -221,6 +222,8 @@ def decoder_part(
     }
     with extra.bind(extra.inputs):
         found = survey(model, inputs, positions, layers)
+        if not embeds:
+            require_positions_from_0(model, tokens)
     cache = new_cache_map(layers, found.attentions[0].kv_heads, found.attentions[0].head_size)
     module = EagerDecoder(model, cache, extra).eval()
     batches = _Batches(model, cache, embeds, extra, positions)

@@ -70,7 +70,8 @@ def trace_decoder(part: Part, target: str) -> onnx_ir.Model:
     _name_values(model, part)
     if "total" in part.limits:
         tabulate_rotations(model, part.limits["total"])
-    add_prelude(model, tokens, trim=target != "cuda")
+    trim = target != "cuda"
+    add_prelude(model, tokens, trim=trim)
     split_gemms(model)
     sink_transposes(model)
     drop_reshapes(model)
@@ -80,6 +81,8 @@ def trace_decoder(part: Part, target: str) -> onnx_ir.Model:
         rotate_in_attention(model)
     hoist_last_token(model)
     RemoveUnusedNodesPass()(model)
+    if trim:
+        _name_trimmed(model)
     model.opset_imports["com.microsoft"] = 1
     _require_io(model, part)
     strip_metadata(model)
@@ -139,6 +142,19 @@ def _name_values(model: onnx_ir.Model, part: Part) -> None:
         # Not the symbol of the past: an unshared buffer grows, and equal symbols could make ONNX
         # Runtime reuse the past's memory for it.
         value.shape = onnx_ir.Shape(["batch", cache.heads, "present", cache.head_size])
+
+
+def _name_trimmed(model: onnx_ir.Model) -> None:
+    """Rename the columns behind the prelude, which may be fewer than the input has.
+
+    Under one symbol ONNX Runtime could put the input's ids where positions of another size were.
+    """
+    for node in model.graph:
+        for value in node.outputs:
+            if value.shape is not None:
+                value.shape = onnx_ir.Shape(
+                    "unpadded" if str(dim) == "sequence" else dim for dim in value.shape
+                )
 
 
 def _require_io(model: onnx_ir.Model, part: Part) -> None:

@@ -41,6 +41,22 @@ Ids = Sequence[int]
 Floats = npt.NDArray[np.float32]
 Embed = Callable[[npt.NDArray[np.int64]], npt.NDArray[Any]]
 """Embeddings `[B, S, H]` of ids `[B, S]`, for a graph that takes `inputs_embeds`."""
+AdapterFeeds = Callable[[str | None, str], Mapping[str, npt.NDArray[Any]]]
+"""From an adapter's name and a graph's the inputs that run it there: `Runner.adapter_feeds`."""
+
+
+def no_adapters(adapter: str | None, component: str) -> Mapping[str, npt.NDArray[Any]]:
+    """`AdapterFeeds` of sessions that were opened without their artifact.
+
+    Raises:
+        InputError: an adapter is asked for.
+    """
+    if adapter is None:
+        return {}
+    raise InputError(
+        f"adapter is {adapter!r}, and this was made of sessions alone. Open the artifact, or pass "
+        "adapters=."
+    )
 
 
 @dataclass(frozen=True)
@@ -140,6 +156,7 @@ class Generator:
             positions end. Without it ONNX Runtime fails there, or a GPU reads what is behind them.
         embed: for a graph that takes `inputs_embeds`: what makes them of ids.
         output: what the graph gives beside the cache, `[B, 1, V]`, under another name.
+        adapters: what an `adapter` is for this graph.
 
     Raises:
         InputError: the graph has no such cache, or takes embeddings and `embed` is missing.
@@ -157,6 +174,7 @@ class Generator:
         max_length: int | None = None,
         embed: Embed | None = None,
         output: str = LOGITS,
+        adapters: AdapterFeeds = no_adapters,
     ) -> None:
         if isinstance(model, (str, Path)):
             model = open_session(
@@ -166,6 +184,7 @@ class Generator:
         self.cache = cache
         self.max_length = max_length
         self._output = output
+        self._adapters = adapters
         self._device = "cuda" if provider == "CUDAExecutionProvider" else "cpu"
         inputs = {one.name: one for one in model.get_inputs()}
         outputs = {one.name: one for one in model.get_outputs()}
@@ -221,6 +240,7 @@ class Generator:
             manifest.caches[MODEL],
             provider=runner.provider,
             max_length=manifest.max_length,
+            adapters=runner.adapter_feeds,
         )
 
     # ---------------------------------------------------------------- public
@@ -231,21 +251,27 @@ class Generator:
         *,
         capacity: int = _FIRST_CAPACITY,
         constants: Mapping[str, npt.NDArray[Any]] | None = None,
+        adapter: str | None = None,
     ) -> Conversation:
         """Empty caches for `batch` rows.
 
         Args:
             capacity: tokens for which there is room at first; it grows as needed.
-            constants: inputs that stay the same in every step: an adapter's, say.
+            constants: inputs that stay the same in every step.
+            adapter: one of the artifact's, for all rows and steps; None runs the base alone.
+
+        Raises:
+            InputError: no rows, no room, or there is no such adapter.
         """
         if batch < 1 or capacity < 1:
             raise InputError(f"batch is {batch} and capacity {capacity}, expected at least 1 each.")
+        given = {**(constants or {}), **self._adapters(adapter, MODEL)}
         conversation = Conversation(
             lengths=np.zeros(batch, dtype=np.int64),
             pending=[[] for _ in range(batch)],
             history=[[] for _ in range(batch)],
             capacity=0,
-            _constants={name: _value(one) for name, one in (constants or {}).items()},
+            _constants={name: _value(one) for name, one in given.items()},
         )
         self._grow(conversation, min(capacity, self.max_length or capacity))
         return conversation
@@ -293,6 +319,7 @@ class Generator:
         eos: Collection[int] = (),
         sampling: Sampling = GREEDY,
         conversation: Conversation | None = None,
+        adapter: str | None = None,
     ) -> Iterator[dict[int, int]]:
         """Give each step's new tokens by row, as they come; rows that are done are not in it.
 
@@ -301,7 +328,7 @@ class Generator:
         """
         if max_new_tokens < 1:
             raise InputError(f"max_new_tokens is {max_new_tokens}, expected at least 1.")
-        state = conversation or self.start(len(prompts))
+        state = self._state(len(prompts), conversation, adapter)
         randoms = [np.random.default_rng((sampling.seed, row)) for row in range(state.batch)]
         logits = self._prefill(prompts, state)
         live = [row for row in range(state.batch) if state.lengths[row]]
@@ -330,6 +357,7 @@ class Generator:
         eos: Collection[int] = (),
         sampling: Sampling = GREEDY,
         conversation: Conversation | None = None,
+        adapter: str | None = None,
         on_tokens: Callable[[dict[int, int]], None] | None = None,
     ) -> Generation:
         """Continue each prompt until its end-of-sequence token or a limit.
@@ -340,13 +368,16 @@ class Generator:
             eos: ids that end a row.
             sampling: how tokens are chosen; greedy if left out.
             conversation: of the turns before; the prompts are then only what is new.
+            adapter: one of the artifact's, for all rows; None runs the base alone. A conversation
+                has that which it was started with.
             on_tokens: called with each step's new tokens by row.
 
         Raises:
-            InputError: a prompt that is empty, holds an unknown id, or has no room for one token.
+            InputError: a prompt that is empty, holds an unknown id, or has no room for one token;
+                there is no such adapter, or a conversation is given as well.
             MmoptError: as for `prefill`.
         """
-        state = conversation or self.start(len(prompts))
+        state = self._state(len(prompts), conversation, adapter)
         tokens: list[list[int]] = [[] for _ in range(state.batch)]
         for chosen in self.stream(
             prompts,
@@ -361,6 +392,19 @@ class Generator:
                 on_tokens(chosen)
         reasons = ["eos" if row and row[-1] in eos else "length" for row in tokens]
         return Generation(tokens, reasons, state)
+
+    def _state(
+        self, batch: int, conversation: Conversation | None, adapter: str | None
+    ) -> Conversation:
+        """The conversation that is given, or a new one."""
+        if conversation is None:
+            return self.start(batch, adapter=adapter)
+        if adapter is not None:
+            raise InputError(
+                f"adapter is {adapter!r} and a conversation is given, which keeps the one that it "
+                "was started with. Leave one of the two out."
+            )
+        return conversation
 
     # ---------------------------------------------------------------- rows
 

@@ -5,6 +5,7 @@
 draws, `drawing`.
 """
 
+import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from mmopt_export.generation import GREEDY, Conversation, Generator, Sampling, choose
+from mmopt_export.generation import (
+    GREEDY,
+    AdapterFeeds,
+    Conversation,
+    Generator,
+    Sampling,
+    choose,
+    no_adapters,
+)
 from mmopt_export.image_layouts import (
     Picture,
     block_ends,
@@ -132,6 +141,7 @@ class MultimodalGenerator:
         tokenizer: a `tokenizers.Tokenizer` without padding; None takes ids only.
         max_length: tokens that a row may have.
         provider: on which the decoder's session runs.
+        adapters: what an `adapter` is for each of the parts.
     """
 
     def __init__(
@@ -143,11 +153,14 @@ class MultimodalGenerator:
         tokenizer: Any = None,
         max_length: int | None = None,
         provider: str = "CPUExecutionProvider",
+        adapters: AdapterFeeds = no_adapters,
     ) -> None:
         self.preprocessing = preprocessing
         self._sessions = dict(sessions)
         self._cache = cache
         self._tokenizer = tokenizer
+        self._adapters = adapters
+        self._adapter: str | None = None
         self._settings: dict[str, Any] = {"max_length": max_length, "provider": provider}
         self._tokens = preprocessing["tokens"]
         inputs = {one.name for one in self._sessions[DECODER].get_inputs()}
@@ -185,6 +198,7 @@ class MultimodalGenerator:
             tokenizer=tokenizer,
             max_length=manifest.max_length,
             provider=runner.provider,
+            adapters=runner.adapter_feeds,
         )
 
     # ---------------------------------------------------------------- text
@@ -197,6 +211,7 @@ class MultimodalGenerator:
         max_new_tokens: int,
         eos: Collection[int] | None = None,
         sampling: Sampling = GREEDY,
+        adapter: str | None = None,
     ) -> Answer:
         """Continue each prompt.
 
@@ -208,17 +223,23 @@ class MultimodalGenerator:
             max_new_tokens: of each row.
             eos: ids that end a row; None takes the model's own.
             sampling: how tokens are chosen; greedy if left out.
+            adapter: one of the artifact's, for all prompts; None runs the base alone.
 
         Raises:
             InputError: a prompt whose images and placeholders do not fit, text without a
                 tokenizer, an id that is out of range, or more tokens than positions; a string
-                instead of a list of prompts.
+                instead of a list of prompts; there is no such adapter.
         """
         require_texts(prompts, "prompts")
         pictures = self._pictures(prompts, images)
         rows = [self._ids(prompt, own) for prompt, own in zip(prompts, pictures, strict=True)]
         return self.continue_ids(
-            rows, pictures, max_new_tokens=max_new_tokens, eos=eos, sampling=sampling
+            rows,
+            pictures,
+            max_new_tokens=max_new_tokens,
+            eos=eos,
+            sampling=sampling,
+            adapter=adapter,
         )
 
     def continue_ids(
@@ -229,16 +250,20 @@ class MultimodalGenerator:
         max_new_tokens: int,
         eos: Collection[int] | None = None,
         sampling: Sampling = GREEDY,
+        adapter: str | None = None,
     ) -> Answer:
         """As `generate`, of ids by row and of pictures that are laid out already."""
         placed = [self._place(ids, own) for ids, own in zip(rows, pictures, strict=True)]
-        head = self._head(TEXT_HEAD) if TEXT_HEAD in self._sessions else None
-        generator = self._generator(placed, head)
-        conversation = generator.start(len(rows), capacity=max(map(len, rows)) + max_new_tokens)
+        turn = self._with(adapter)
+        head = turn._head(TEXT_HEAD) if TEXT_HEAD in self._sessions else None
+        generator = turn._generator(placed, head)
+        conversation = generator.start(
+            len(rows), capacity=max(map(len, rows)) + max_new_tokens, adapter=adapter
+        )
         for history, ids in zip(conversation.history, rows, strict=True):
             history += ids
         result = generator.generate(
-            [self._embedded(ids, own) for ids, own in zip(rows, pictures, strict=True)],
+            [turn._embedded(ids, own) for ids, own in zip(rows, pictures, strict=True)],
             max_new_tokens=max_new_tokens,
             eos=self._tokens["eos"] if eos is None else eos,
             sampling=sampling,
@@ -255,6 +280,7 @@ class MultimodalGenerator:
         *,
         guidance: float | None = None,
         sampling: Sampling = GREEDY,
+        adapter: str | None = None,
     ) -> Drawing:
         """Draw an image for each prompt.
 
@@ -267,6 +293,7 @@ class MultimodalGenerator:
                 the token that begins an image; or ids with it.
             guidance: None takes the model's own.
             sampling: how tokens are chosen; greedy if left out.
+            adapter: one of the artifact's, for all prompts; None runs the base alone.
 
         Raises:
             InputError: the artifact does not draw, or as for `generate`.
@@ -289,11 +316,14 @@ class MultimodalGenerator:
         kept, pad = settings["kept"], settings["pad"]
         free = [[one if one in kept else pad for one in row] for row in wanted]
         rows, batch, count = [*wanted, *free], len(wanted), int(settings["tokens"])
-        generator = self._generator([None] * len(rows), self._head(GENERATION_HEAD))
-        conversation = generator.start(len(rows), capacity=max(map(len, rows)) + count)
+        turn = self._with(adapter)
+        generator = turn._generator([None] * len(rows), turn._head(GENERATION_HEAD))
+        conversation = generator.start(
+            len(rows), capacity=max(map(len, rows)) + count, adapter=adapter
+        )
         randoms = [np.random.default_rng((sampling.seed, row)) for row in range(batch)]
         tokens = np.zeros((batch, count), dtype=np.int64)
-        new = [self._embedded(row, []) for row in rows]
+        new = [turn._embedded(row, []) for row in rows]
         for at in range(count):
             scores = generator.prefill(new, conversation)
             guided = scores[batch:] + np.float32(guidance) * (scores[:batch] - scores[batch:])
@@ -301,16 +331,28 @@ class MultimodalGenerator:
                 history = tokens[row, :at].tolist()
                 tokens[row, at] = choose(guided[row], sampling, history, randoms[row])
             if at + 1 < count:
-                new = self._image_embeds(tokens[:, at : at + 1])
-        pixels = self._sessions[IMAGE_DECODER].run(["pixels"], {"image_ids": tokens})[0]
-        pixels = pixels.astype(np.float32)
+                new = turn._image_embeds(tokens[:, at : at + 1])
+        pixels = turn._run(IMAGE_DECODER, "pixels", {"image_ids": tokens}).astype(np.float32)
         return Drawing(tokens, pixels, _as_bytes(pixels, self.preprocessing["image"]))
 
     def _image_embeds(self, ids: Array) -> list[Array]:
         """Embeddings `[1, H]` of image tokens `[B, 1]`, for both rows of each prompt."""
-        session = self._sessions[GENERATION_EMBEDDING]
-        embeds = session.run(["inputs_embeds"], {"image_ids": ids})[0]
+        embeds = self._run(GENERATION_EMBEDDING, "inputs_embeds", {"image_ids": ids})
         return [*embeds, *embeds]
+
+    # ---------------------------------------------------------------- graphs
+
+    def _with(self, adapter: str | None) -> "MultimodalGenerator":
+        """The same whose graphs run an adapter."""
+        other = copy.copy(self)
+        other._adapter = adapter
+        return other
+
+    def _run(self, name: str, output: str, feeds: Mapping[str, Array]) -> Array:
+        """One output of a graph."""
+        given = {**feeds, **self._adapters(self._adapter, name)}
+        result: Array = self._sessions[name].run([output], given)[0]
+        return result
 
     # ---------------------------------------------------------------- prompts
 
@@ -376,8 +418,8 @@ class MultimodalGenerator:
         features = self._nothing
         if pictures:
             feeds = tower_inputs(pictures, self.preprocessing["image"])
-            features = self._sessions[VISION].run([FEATURES], _cast(feeds, self._sessions[VISION]))
-            features = features[0].astype(self._nothing.dtype)
+            features = self._run(VISION, FEATURES, _cast(feeds, self._sessions[VISION]))
+            features = features.astype(self._nothing.dtype)
         places = ids.count(self._tokens["image"])
         if places != len(features):
             raise InputError(
@@ -393,8 +435,7 @@ class MultimodalGenerator:
         """Embeddings `[B, S, H]` of ids `[B, S]`."""
         # An image token that the model writes is no place for an image: it has no features.
         feeds = {"input_ids": ids, FEATURES: self._nothing if features is None else features}
-        embeds: Array = self._sessions[EMBEDDING].run(["inputs_embeds"], feeds)[0]
-        return embeds
+        return self._run(EMBEDDING, "inputs_embeds", feeds)
 
     def _generator(
         self, placed: list[Array | None], head: Callable[[Floats], Floats] | None
@@ -424,6 +465,7 @@ class MultimodalGenerator:
             values=values,
             head=head,
             vocabulary=self._tokens["vocabulary"],
+            adapters=lambda adapter, _: self._adapters(adapter, DECODER),
             **({} if head is None else {"output": STATES}),
             **self._settings,
         )
@@ -433,7 +475,7 @@ class MultimodalGenerator:
         given, output = session.get_inputs()[0], session.get_outputs()[0].name
 
         def head(states: Floats) -> Floats:
-            values = session.run([output], {given.name: states.astype(_dtype(given.type))})[0]
+            values = self._run(name, output, {given.name: states.astype(_dtype(given.type))})
             result: Floats = values.astype(np.float32)
             return result
 

@@ -257,6 +257,25 @@ class Runner:
             self._adapters[component] = AdapterSet(self.session(component), files, device=device)
         return self._adapters[component]
 
+    def adapter_feeds(self, adapter: str | None, component: str = MODEL) -> Tensors:
+        """The inputs by which a graph runs an adapter, one for all rows: `AdapterFeeds`.
+
+        None, and where other graphs of the artifact have all of its layers, are no inputs.
+
+        Raises:
+            InputError: the artifact has no such adapter, or none at all.
+        """
+        if adapter is None:
+            return {}
+        known = self.manifest.adapters
+        if known and (not isinstance(adapter, str) or adapter not in known):
+            raise InputError(
+                f"there is no adapter {adapter!r}, expected one of: {', '.join(known)}."
+            )
+        if known and component not in known[adapter]:
+            return {}
+        return self.adapters(component).feeds(adapter)
+
     def run(
         self,
         feeds: Mapping[str, npt.NDArray[Any]],

@@ -9,10 +9,18 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from mmopt_export import Runner, export, verify
+from mmopt_export import (
+    MultimodalGenerator,
+    Runner,
+    TextGenerator,
+    Transcriber,
+    export,
+    read_manifest,
+    verify,
+)
 from mmopt_kernels.errors import InputError
 from peft_oracle import unmerged
-from tests.support import tiny_vlm
+from tests.support import exported_vlm, tiny_vlm
 from tiny_adapters import save_peft
 from tiny_encoders import save_dual_encoder
 from tiny_seq2seq import save_seq2seq
@@ -92,6 +100,21 @@ def test_rows_of_a_batch_each_get_their_adapter(towers: tuple[Path, list[Path], 
             runner.run(feeds, "vision", adapter=names)
 
 
+def test_feeds_are_those_of_the_graph_and_unknown_names_are_refused(
+    towers: tuple[Path, list[Path], Runner],
+) -> None:
+    _, _, runner = towers
+    assert runner.adapter_feeds(None, "text") == {}
+    images = {"pixel_values": random_images(runner, 2)}
+    given = runner.adapter_feeds("both", "vision")
+    found = runner.session("vision").run(None, {**images, **given})[0]
+    expected = runner.run(images, "vision", adapter="both")["embeddings"]
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    for name in ("none", ["both"]):
+        with pytest.raises(InputError, match=r"there is no adapter .*none|both.*, expected one of"):
+            runner.adapter_feeds(name, "text")  # type: ignore[arg-type]
+
+
 def t5(folder: Path) -> Any:
     return save_seq2seq(folder, "t5")
 
@@ -107,6 +130,23 @@ def smolvlm(folder: Path) -> Any:
 def qwen(folder: Path) -> Any:
     """Positions are an input of its decoder already."""
     return tiny_vlm.save("qwen2.5-vl", folder)
+
+
+def said(artifact: Path, adapter: str | None = None) -> Any:
+    """What the model of an artifact generates, by the class that is for it."""
+    components = read_manifest(artifact).components
+    if "vision" in components:
+        generator = MultimodalGenerator.open(artifact)
+        placeholder = generator.preprocessing["prompt"]["placeholder"]
+        prompts = [f"t4 {placeholder} t5", "t6 t7 t8"]
+        pictures = [[exported_vlm.picture(40, 70)], []]
+        answer = generator.generate(prompts, pictures, max_new_tokens=16, eos=(), adapter=adapter)
+        return answer.tokens
+    if "audio" in read_manifest(artifact).preprocessing:
+        sound = 0.4 * np.sin(np.arange(4000) * 0.05)
+        return Transcriber(artifact).transcribe([sound], max_new_tokens=16, adapter=adapter)
+    texts = ["translate this", "the quick brown fox"]
+    return TextGenerator(artifact).generate(texts, max_new_tokens=16, adapter=adapter)
 
 
 @pytest.mark.slow
@@ -125,7 +165,8 @@ def qwen(folder: Path) -> Any:
 def test_graphs_take_the_adapters_of_the_layers_they_run(
     save: Callable[[Path], Any], targets: Any, graphs: tuple[str, ...], tmp_path: Path
 ) -> None:
-    """Every graph is held against PyTorch without the adapter and with it."""
+    """Every graph is held against PyTorch without the adapter and with it; what is generated with
+    it is what an artifact says that has it merged."""
     save(tmp_path / "model")
     adapter = save_peft(tmp_path / "model", tmp_path / "a", LoraConfig(target_modules=targets))
     report = export(
@@ -143,3 +184,12 @@ def test_graphs_take_the_adapters_of_the_layers_they_run(
     for name, component in manifest.components.items():
         taken = [spec.name for spec in component.inputs if "_lora_" in spec.name]
         assert bool(taken) == (name in graphs)
+    merged = tmp_path / "merged"
+    export(str(tmp_path / "model"), merged, adapters=[str(adapter)], precision="fp32")
+    found = said(tmp_path / "out", "a")
+    assert found == said(merged)
+    assert found != said(tmp_path / "out")
+    with pytest.raises(InputError, match="there is no adapter 'b', expected one of: a"):
+        said(tmp_path / "out", "b")
+    with pytest.raises(InputError, match=r"takes no adapters\. Export the model with --adapters"):
+        said(merged, "a")

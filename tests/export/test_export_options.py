@@ -83,10 +83,7 @@ def save_lora(model: Path, folder: Path, *, rank: int) -> Path:
 
 def generated(runner: Runner, adapter: str | None = None) -> list[list[int]]:
     generator = Generator.open(runner)
-    constants = runner.adapters().feeds(adapter) if adapter else None
-    conversation = generator.start(len(PROMPTS), constants=constants)
-    found = generator.generate(PROMPTS, max_new_tokens=TOKENS, conversation=conversation)
-    return found.tokens
+    return generator.generate(PROMPTS, max_new_tokens=TOKENS, adapter=adapter).tokens
 
 
 def expected(model: Any) -> list[list[int]]:

@@ -49,6 +49,15 @@ def test_a_ragged_batch_gives_what_each_prompt_gives_alone(exported: Exported) -
     assert result.reasons == ["length"] * 3
 
 
+def test_an_adapter_is_chosen_where_a_conversation_starts(llama: Exported) -> None:
+    generator = llama.generator()
+    first = generator.generate([[5, 6]], max_new_tokens=2)
+    with pytest.raises(InputError, match="adapter is 'a' and a conversation is given, which keeps"):
+        generator.generate([[7]], max_new_tokens=2, conversation=first.conversation, adapter="a")
+    with pytest.raises(InputError, match="adapter is 'a', and this was made of sessions alone"):
+        generator.start(1, adapter="a")
+
+
 def test_a_second_turn_goes_on_where_the_first_ended(exported: Exported) -> None:
     """Several new tokens after a past, of different numbers: row by row on the CPU."""
     generator = exported.generator()

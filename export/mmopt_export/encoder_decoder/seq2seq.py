@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mmopt_export.encoder_decoder.rules import Rules
-from mmopt_export.generation import CPU, Generator
+from mmopt_export.generation import CPU, AdapterFeeds, Generator, no_adapters
 from mmopt_export.manifest import CacheMap, Manifest
 from mmopt_export.runtime import Runner, Tensors
 from mmopt_kernels.errors import InputError
@@ -43,6 +43,7 @@ class Seq2Seq:
         rules: what may come next.
         positions: tokens that a row of the decoder may have; None where the model has no end.
         provider: where the sessions run.
+        adapters: what an `adapter` is for the two graphs.
     """
 
     def __init__(
@@ -54,11 +55,13 @@ class Seq2Seq:
         *,
         positions: int | None = None,
         provider: str = CPU,
+        adapters: AdapterFeeds = no_adapters,
     ) -> None:
         self.encoder = encoder
         self.rules = rules
         self.positions = positions
         self._generator = Generator(decoder, cache, provider=provider, max_length=positions)
+        self._adapters = adapters
         self._outputs = [one.name for one in encoder.get_outputs()]
         self._constants = {one.name for one in decoder.get_inputs()}
 
@@ -78,14 +81,25 @@ class Seq2Seq:
             Rules.from_dict(settings["rules"]),
             positions=settings["positions"],
             provider=runner.provider,
+            adapters=runner.adapter_feeds,
         )
 
-    def encode(self, feeds: Mapping[str, npt.NDArray[Any]]) -> Tensors:
-        """Run the encoder: what every step of the decoder takes besides its tokens."""
-        outputs = dict(zip(self._outputs, self.encoder.run(None, dict(feeds)), strict=True))
+    def encode(
+        self, feeds: Mapping[str, npt.NDArray[Any]], *, adapter: str | None = None
+    ) -> Tensors:
+        """Run the encoder: what every step of the decoder takes besides its tokens.
+
+        Args:
+            adapter: one of the artifact's, for both graphs; None runs the base alone.
+
+        Raises:
+            InputError: there is no such adapter.
+        """
+        given = {**feeds, **self._adapters(adapter, ENCODER)}
+        outputs = dict(zip(self._outputs, self.encoder.run(None, given), strict=True))
         if FRAMES in self._constants and FRAMES not in outputs:
             outputs[FRAMES] = feeds[MASK]
-        return outputs
+        return {**outputs, **self._adapters(adapter, DECODER)}
 
     def first(self, encoded: Tensors, prompts: Sequence[Sequence[int]]) -> Floats:
         """Logits `[B, V]` of what comes after the prompts, without any rule."""

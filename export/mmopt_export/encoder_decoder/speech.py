@@ -83,6 +83,7 @@ class Transcriber(Opened):
         task: str | None = None,
         timestamps: bool = False,
         max_new_tokens: int | None = None,
+        adapter: str | None = None,
         batch_size: int = 8,
         on_text: OnText | None = None,
     ) -> list[Transcript]:
@@ -95,12 +96,13 @@ class Transcriber(Opened):
             task: `transcribe`, or `translate` into English; None takes the model's settings.
             timestamps: whether to give segments with times.
             max_new_tokens: for each window.
+            adapter: one of the artifact's, for all sounds; None runs the base alone.
             batch_size: windows that run at once.
             on_text: called as text comes; windows of one sound may come out of order.
 
         Raises:
-            InputError: an empty sound, one of integers or far beyond [-1, 1], or a language, task
-                or timestamps that the model lacks.
+            InputError: an empty sound, one of integers or far beyond [-1, 1], or a language, task,
+                timestamps or adapter that the model lacks.
         """
         windows = self._windows(sounds)
         texts: list[list[str]] = [[] for _ in sounds]
@@ -119,6 +121,7 @@ class Transcriber(Opened):
                 task=task,
                 timestamps=timestamps,
                 max_new_tokens=max_new_tokens,
+                adapter=adapter,
                 on_tokens=stream,
             )
             if stream is not None:
@@ -223,14 +226,15 @@ class Speech:
         task: str | None = None,
         timestamps: bool = False,
         max_new_tokens: int | None = None,
+        adapter: str | None = None,
         on_tokens: Any = None,
     ) -> tuple[list[list[int]], list[str | None]]:
         """New tokens of each window, and the code of its language.
 
         Raises:
-            InputError: a language, task or timestamps that the model lacks.
+            InputError: a language, task, timestamps or adapter that the model lacks.
         """
-        encoded = self.graphs.encode(self.features(sounds))
+        encoded = self.graphs.encode(self.features(sounds), adapter=adapter)
         prompts = self.prompt(encoded, len(sounds), language, task, timestamps)
         tokens = self.graphs.generate(
             encoded,

@@ -54,6 +54,7 @@ class TextGenerator(Opened):
         *,
         max_new_tokens: int | None = None,
         first: str | int | None = None,
+        adapter: str | None = None,
         batch_size: int = 16,
         on_text: OnText | None = None,
     ) -> list[str]:
@@ -63,11 +64,13 @@ class TextGenerator(Opened):
             texts: of any lengths; longer ones than the model takes are cut.
             max_new_tokens: at most this many for each; None takes the model's settings.
             first: the token or the id that each answer begins with, such as mBART's language.
+            adapter: one of the artifact's, for all texts; None runs the base alone.
             batch_size: texts that run at once; they are ordered by length.
             on_text: called as text comes.
 
         Raises:
-            InputError: `texts` is a string, `first` is no token, or a setting is out of its range.
+            InputError: `texts` is a string, `first` is no token, there is no such adapter, or a
+                setting is out of its range.
         """
         require_texts(texts)
         rules = self.graphs.rules
@@ -80,7 +83,7 @@ class TextGenerator(Opened):
             feeds = self.runner.tokenize([texts[index] for index in chosen], ENCODER)
             stream = Stream(self.tokenizer, chosen, on_text) if on_text is not None else None
             rows = self.graphs.generate(
-                self.graphs.encode(feeds),
+                self.graphs.encode(feeds, adapter=adapter),
                 [[self.settings["start"]]] * len(chosen),
                 max_new_tokens=max_new_tokens,
                 rules=rules,

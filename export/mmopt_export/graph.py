@@ -199,7 +199,7 @@ def strip_metadata(graph: onnx_ir.Model) -> None:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Keep the exporters' chatter off stdout, which belongs to the report, and off stderr."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)

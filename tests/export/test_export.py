@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from rich.console import Console
 import mmopt_export.parity
 from mmopt_export import Runner, export, load_checkpoint, read_manifest, verify
 from mmopt_export.files import same_artifact
+from mmopt_export.graph import quiet
 from mmopt_export.texts import read_texts
 from mmopt_kernels.errors import CheckFailedError, InputError, MmoptError
 from tiny_artifacts import make_artifact, watch_weights
@@ -223,6 +225,15 @@ def test_what_stands_where_a_failed_artifact_would_go_is_named_before_the_work(
     make_artifact(tmp_path / "out.failed")
     with pytest.raises(InputError, match=r"out\.failed is where an artifact goes that fails"):
         export("nowhere", output, force=True)
+
+
+def test_what_exporters_log_below_an_error_is_not_heard(caplog: pytest.LogCaptureFixture) -> None:
+    """onnx_ir logs a whole traceback where it leaves a model as it is."""
+    for name in ("torch.onnx", "onnxscript", "onnx_ir.passes.common.shape_inference"):
+        with quiet():
+            logging.getLogger(name).warning("unheard")
+        logging.getLogger(name).warning("heard")
+    assert {record.message for record in caplog.records} == {"heard"}
 
 
 def test_an_artifact_for_a_newer_runtime_says_what_to_install(tmp_path: Path) -> None:

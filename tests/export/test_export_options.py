@@ -179,6 +179,7 @@ def test_adapters_are_chosen_per_run_over_a_4_bit_base(llama: Path, tmp_path: Pa
         precision="int4",
         allow_drift=True,
     )
+    onnx.checker.check_model(str(tmp_path / "out" / "model.onnx"), full_check=True)
     runner = Runner(tmp_path / "out")
     assert runner.adapters().names == ("a", "b")
     recorded = [

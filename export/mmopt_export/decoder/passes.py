@@ -386,10 +386,12 @@ def hoist_last_token(model: onnx_ir.Model) -> None:
             node.outputs[0].name = f"last.{node.op_type}_{number}"
             node.outputs[0].type = kind
             node.outputs[0].shape = onnx_ir.Shape([_dims(value)[0], 1, size])
-        graph.insert_before(first, [expand, chosen])
-        for use in list(value.uses()):
-            if use.node in narrowed:
-                use.node.replace_input_with(use.idx, chosen.outputs[0])
+        uses = [use for use in value.uses() if use.node in narrowed]
+        users = {use.node for use in uses}
+        # Not before `first`: the value may be made behind it, as that of an adapter is.
+        graph.insert_before(next(node for node in graph if node in users), [expand, chosen])
+        for use in uses:
+            use.node.replace_input_with(use.idx, chosen.outputs[0])
     choice.outputs[0].replace_all_uses_with(hidden)
     RemoveUnusedNodesPass()(model)
 

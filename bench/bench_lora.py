@@ -1,7 +1,7 @@
 """LoRA layers: mmopt's op beside the bare frozen layer, PEFT and the kernels of others.
 
 On the CPU at small sizes; on a GPU, with `-m gpu`, at those of Llama-8B and Qwen2.5-VL-7B. `make
-gpu` runs every shape once and every other property beside one shape; the whole grid, 480 cases, is
+gpu` runs every shape once and every other property beside one shape; the whole grid, 576 cases, is
 marked slow: `mmopt bench run bench/bench_lora.py -k "qwen and nf4" -- -m "gpu and slow"`.
 
 Groups put the peers of one case side by side. Exact: what mmopt's op needs beyond its inputs, and

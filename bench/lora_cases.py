@@ -87,8 +87,8 @@ def gpu_case(model: str, K: int, N: tuple[int, ...], M: int, R: int, p: float, b
 def _grid() -> list[Case]:
     cases = []
     for model, shapes in SHAPES.items():
-        (K, q), (_, kv) = shapes[:2]
-        layers = [(K, (N,)) for K, N in shapes] + [(K, (q, kv, kv))]
+        (K, q), (_, kv), (_, gate), _ = shapes
+        layers = [(K, (N,)) for K, N in shapes] + [(K, (q, kv, kv)), (K, (gate, gate))]
         for (K, N), M, R, p, base in itertools.product(
             layers, ROWS, RANKS, (0.0, 0.1), ("dense", "nf4")
         ):

@@ -110,7 +110,7 @@ def test_dropout_is_in_training_and_in_forward_alike() -> None:
 
 
 def test_the_grid_has_every_property_of_the_issue_and_the_subset_every_shape() -> None:
-    assert len(GPU_GRID) == len({case.name for case in GPU_GRID}) == 480
+    assert len(GPU_GRID) == len({case.name for case in GPU_GRID}) == 576
     assert {case.M for case in GPU_GRID} == set(ROWS)
     shapes = {(K, N) for model in SHAPES.values() for K, N in model}
     assert {(case.K, case.N[0]) for case in GPU_GRID if len(case.N) == 1} == shapes

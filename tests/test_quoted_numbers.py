@@ -47,6 +47,7 @@ ALLOWED: list[tuple[str, str, str]] = [
     ("README.md", "`python3` is older than 3.11", VERSION),
     ("README.md", "| Python | 3.11 |", VERSION),
     ("README.md", "| torch | 2.11 |", VERSION),
+    ("README.md", "torch must be 2.13", VERSION),
     ("README.md", "| transformers | 5.24 |", VERSION),
     ("README.md", "| peft | 0.20 |", VERSION),
     ("README.md", "| accelerate | 1.15 |", VERSION),

@@ -15,6 +15,7 @@ import onnx_ir
 import torch
 import transformers
 from onnx_ir.passes.common import RemoveUnusedNodesPass
+from packaging.version import Version
 
 from mmopt_export.checkpoint import quiet_transformers
 from mmopt_export.decoder.passes import drop_reshapes
@@ -29,6 +30,9 @@ from mmopt_kernels.errors import MmoptError, one_line
 
 OPSET = 20
 """The newest opset that onnxruntime 1.30 runs in full and transformers' exporter emits."""
+
+PROVES_SIZES = Version("2.13")
+"""Older ones take sizes for open that are not: of a ResNet, of grouped heads outside decoders."""
 
 # Targets for which ONNX Runtime's own ops are fused in; others keep to the standard ones.
 _FUSED = ("cpu", "cuda")
@@ -81,7 +85,12 @@ def _traced(part: Part, target: str) -> onnx_ir.Model:
         with quiet(), attention as fused:
             exported = OnnxExporter().export(module, dict(part.inputs), config=config)
     except Exception as error:  # whatever it is, the model could not be traced
-        raise MmoptError(f"{what} could not be traced: {one_line(error, 500)}") from error
+        said = f"{what} could not be traced: {one_line(error, 500)}"
+        if "Constraints violated" in said and Version(torch.__version__) < PROVES_SIZES:
+            said += (
+                f" torch {PROVES_SIZES} proves sizes that {torch.__version__} cannot: update it."
+            )
+        raise MmoptError(said) from error
     graph: onnx_ir.Model = exported.program
     _require_inputs(graph, part, what)
     repair(graph)

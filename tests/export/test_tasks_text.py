@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from packaging.version import Version
 
 from mmopt_export import ExportReport, Runner, export, load_checkpoint
 from mmopt_export.encoders import fused_attention
@@ -250,6 +251,21 @@ def test_a_model_that_cannot_be_traced_is_named_with_the_reason(
     assert message.startswith("DistilBertForSequenceClassification could not be traced: ")
     assert "data-dependent" in message
     assert not (tmp_path / "out").exists()
+
+
+def test_a_size_that_an_old_torch_cannot_prove_names_the_torch_that_can(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import DistilBertForSequenceClassification
+
+    def unproven(self: Any, input_ids: torch.Tensor, **rest: Any) -> Any:
+        raise ValueError("Constraints violated (sequence)! Not all values of sequence satisfy")
+
+    model = save_text_encoder(tmp_path / "model", "DistilBert", "ForSequenceClassification")
+    monkeypatch.setattr(DistilBertForSequenceClassification, "forward", unproven)
+    monkeypatch.setattr("mmopt_export.graph.PROVES_SIZES", Version("99.0"))
+    with pytest.raises(MmoptError, match=r"Constraints violated.* torch 99.0 proves .*: update it"):
+        export(str(model), tmp_path / "out", precision="fp32")
 
 
 def test_a_graph_that_cannot_be_run_is_named_with_the_stage(

@@ -27,6 +27,7 @@ from mmopt.compilation.inputs import Contents, contents_of, example_batch
 from mmopt.compilation.model import CompiledModel, Mode, compile, loss_of, tensors_of
 from mmopt.compilation.parity import Parity, compare, gradients
 from mmopt.compilation.report import ATTACHED, COMPILED, EAGER, CompileReport, Shapes, Variant
+from mmopt.compilation.store import require_storable
 from mmopt.measure.timing import read_clock, time_variants
 from mmopt_export.checkpoint import Checkpoint, load_checkpoint
 from mmopt_export.files import require_new_folder
@@ -83,6 +84,7 @@ def compile_checkpoint(
     _check_options(mode, dtype, batch, length)
     if output is not None:
         require_new_folder(output)
+        require_storable()
     place = pick_device(device)
     with memory_shortage_said(place):
         with progress("load", None):

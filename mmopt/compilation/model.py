@@ -27,7 +27,7 @@ from mmopt.compilation.regions import (
     run_regions,
     try_backward,
 )
-from mmopt.compilation.store import StoredGraph, capture, write_store
+from mmopt.compilation.store import StoredGraph, capture, require_storable, write_store
 from mmopt.compilation.tracing import Tracing, inductor_options
 from mmopt_export.files import require_new_folder
 from mmopt_kernels.errors import CheckFailedError, InputError, MmoptError, one_line
@@ -189,10 +189,12 @@ class CompiledModel:
             The SHA-256 of the store's record, which covers all its files.
 
         Raises:
-            InputError: `folder` is not empty, or the graph cannot be stored.
+            InputError: `folder` is not empty, or the graph cannot be stored, by torch before 2.13
+                no graph at all.
             CheckFailedError: the traced graph gives other outputs than this one; nothing is stored.
             MmoptError: the disk refuses, or a fresh process cannot load the graph.
         """
+        require_storable()
         if self._regions != [self.module]:
             raise InputError(
                 f"{type(self.module).__name__} is compiled in {len(self._regions)} pieces around "

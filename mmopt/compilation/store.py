@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 
 from mmopt.attach.optimize import transformers_model
@@ -38,6 +39,9 @@ RECORD, SIGNATURE, GRAPH, STATE, KERNELS = (
     "store.json", "store.sig", "graph.bin", "state.json", "kernels",
 )  # fmt: skip
 
+# PyTorch 2.11 does not load what it pickled of a graph that refers to a builtin.
+OLDEST_TORCH = Version("2.13")
+
 # x86, and the first letters of Arm's.
 _VECTORS = ("avx", "amx", "sve", "neo")
 
@@ -48,6 +52,15 @@ _LEFT_OUT = (".lock", ".cpp", ".o", ".h", ".gch", ".tmp")
 def call_model(model: nn.Module, arguments: Mapping[str, Any]) -> Any:
     """The function that a stored graph replaces."""
     return model(**arguments)
+
+
+def require_storable() -> None:
+    """Raise InputError where this PyTorch cannot store a graph."""
+    if Version(torch.__version__) < OLDEST_TORCH:
+        raise InputError(
+            f"a store needs torch {OLDEST_TORCH} or newer, and this is {torch.__version__}. Update "
+            "it, or compile without a store."
+        )
 
 
 @dataclass

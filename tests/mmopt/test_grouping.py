@@ -5,6 +5,7 @@ import importlib
 
 import pytest
 import torch
+from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from torch._dynamo.backends.debugging import aot_eager
 from torch._inductor.pattern_matcher import stable_topological_sort
@@ -12,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import mmopt
 from mmopt.compilation.grouping import LORA_GROUPS
+from mmopt.compilation.store import OLDEST_TORCH
 from mmopt.compilation.tracing import Tracing
 from mmopt_kernels import lora_linear
 from mmopt_kernels.lora_linear import api
@@ -258,7 +260,7 @@ def test_compiled_llama_trains_as_eager_with_its_layers_in_groups(
         model.zero_grad()
         eager.zero_grad()
     assert step.recompiles == ()
-    if not checkpointing:
+    if not checkpointing and Version(torch.__version__) >= OLDEST_TORCH:
         step.save(tmp_path / "store", batches[0])
         assert merged == [3, 2, 3, 2] * 2
 

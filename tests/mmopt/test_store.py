@@ -12,13 +12,18 @@ from pathlib import Path
 import families
 import pytest
 import torch
+from packaging.version import Version
 
 import mmopt
 from mmopt.compilation import store as stores
+from mmopt.compilation.checkpoint import compile_checkpoint
 from mmopt.compilation.parity import compare, gradients
 from mmopt.compilation.state import ModelState, describe
 from mmopt.compilation.trust import key_file
 from mmopt_kernels.errors import CheckFailedError, InputError, MmoptError
+
+if Version(torch.__version__) < stores.OLDEST_TORCH:
+    pytest.skip("this torch cannot store a graph", allow_module_level=True)
 
 
 def classifier(*, seed=0, **lora):
@@ -69,6 +74,17 @@ def stored(home, tmp_path_factory):
 def copied(stored, tmp_path):
     """A copy to spoil."""
     return shutil.copytree(stored[0], tmp_path / "copy")
+
+
+def test_a_torch_that_cannot_store_is_said_before_anything_is_compiled(monkeypatch, tmp_path):
+    monkeypatch.setattr(stores, "OLDEST_TORCH", Version("99.0"))
+    said = r"a store needs torch 99\.0 or newer, and this is 2\."
+    compiled = mmopt.CompiledModel(classifier(), mode="infer", dynamic=True)
+    with pytest.raises(InputError, match=said):
+        compiled.save(tmp_path / "store", tokens(12))
+    with pytest.raises(InputError, match=said):
+        compile_checkpoint("no-such-model", output=tmp_path / "store")
+    assert not (tmp_path / "store").exists()
 
 
 def fresh_process(code, *, scratch, home):

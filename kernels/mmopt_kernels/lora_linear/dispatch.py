@@ -7,8 +7,9 @@ in bytes for each element of an activation, of e bytes itself:
 
 - *down*, *down_backward*: one read of x either way, e. With dropout the library reads x, writes
   dropout(x) and reads that, 3 e; we draw the mask on the way.
-- *add*: the adapter's share of dx after the GEMM. Without dropout addmm_ reads and writes dx, 2 e,
-  as we do. With it the library writes ds a, masks it and adds it: 6 e.
+- *add*: the adapter's share of dx. Without dropout the library writes it and the layer's GEMM,
+  which adds to it, reads it, 2 e; we read and write what that GEMM wrote, as much. With dropout the
+  library also masks it: 4 e.
 - *up_backward*: the library reads dy twice, 2 e. We read it once and write and read partial sums:
   e + 8 R / T + 8 S R / N, where T is the rows of a tile, S over how many programs N is split. It
   pays for R < e T / 8, less what the split takes.

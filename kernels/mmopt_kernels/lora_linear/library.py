@@ -1,8 +1,9 @@
 """The steps of the LoRA linear layer in PyTorch, for the vendor's GEMMs.
 
 Each function does what the launcher of the same name in `kernel` or `kernel_backward` does, so that
-`ops` chooses step by step. Differentiable, except for what works in place on its own buffers. With
-dropout, ``dropout(x)`` and the gradient through it each exist for a moment as a whole.
+`ops` chooses step by step; dx, the sum of several products, is made there. Differentiable, except
+for what works in place on its own buffers. With dropout, ``dropout(x)`` and the gradient through it
+each exist for a moment as a whole.
 """
 
 from __future__ import annotations
@@ -54,9 +55,12 @@ def up(
     x: Tensor, weight: Tensor, s: Tensor, b: Tensor, bias: Tensor | None, scale: float
 ) -> Tensor:
     """y = x weightᵀ + bias + scale s bᵀ: ``[M, N]``."""
-    y = torch.nn.functional.linear(x, weight, bias)
-    # Scaled and accumulated by the GEMM itself: no temporary the size of y.
-    return y.addmm_(s, b.to(x.dtype).t(), alpha=scale)
+    # The adapter first. Either way one GEMM accumulates on what the other wrote, as many bytes; the
+    # large one reads it as its tiles end, beside the products of other tiles, and what is rounded
+    # in between is the smaller part of the sum.
+    bt = b.to(x.dtype).t()
+    y = s @ bt if bias is None else torch.addmm(bias, s, bt, alpha=scale)
+    return y.addmm_(x, weight.t(), beta=scale if bias is None else 1.0)
 
 
 def up_backward(
@@ -77,21 +81,3 @@ def up_backward(
 def down_backward(ds: Tensor, x: Tensor, seed: Tensor | None, dropout_p: float) -> Tensor:
     """da = dsᵀ dropout(x): ``[C, K]``."""
     return ds.t() @ dropout(x, seed, dropout_p)
-
-
-def input_backward(
-    dy: Tensor, weight: Tensor, ds: Tensor, a: Tensor, seed: Tensor | None, dropout_p: float
-) -> Tensor:
-    """dx = dy weight + dropout's factor * (ds a): ``[M, K]``."""
-    dx = dy @ weight
-    add_masked_(dx, ds, a, seed, dropout_p)
-    return dx
-
-
-def add_masked_(dx: Tensor, ds: Tensor, a: Tensor, seed: Tensor | None, dropout_p: float) -> None:
-    """dx += dropout's factor * (ds a), in place: dx is a buffer of ours."""
-    a = a.to(dx.dtype)
-    if seed is None:
-        dx.addmm_(ds, a)
-    else:
-        dx.add_(dropout(ds @ a, seed, dropout_p))

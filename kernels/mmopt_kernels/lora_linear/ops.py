@@ -366,17 +366,24 @@ def _input_gradient(
         weight = base.dense(x.dtype, impl)
         dx: Tensor = _backward_steps("triton").input_backward(d, weight, ds, a, seed, dropout_p)
         return dx
+    if plan.add == "library":
+        # The adapters first, as in `library.up`; their gradient goes through the dropout's mask.
+        dx = ds @ a.to(x.dtype)
+        if kept is None:
+            dx = library.dropout(dx, seed, dropout_p)
+        else:
+            dx = library.masked(dx, kept, dropout_p)
+        for d, base in products:
+            # Accumulated by the GEMM itself: no second buffer the size of x.
+            dx.addmm_(d, base.dense(x.dtype, impl))
+        return dx
     if products:
         dx = products[0][0] @ products[0][1].dense(x.dtype, impl)
         for d, base in products[1:]:
-            # Accumulated by the GEMM itself: no second buffer the size of x.
             dx.addmm_(d, base.dense(x.dtype, impl))
     else:
         dx = torch.zeros_like(x)
-    if kept is None:
-        _backward_steps(plan.add).add_masked_(dx, ds, a, seed, dropout_p)
-    else:
-        dx.add_(library.masked(ds @ a.to(x.dtype), kept, dropout_p))
+    _backward_steps("triton").add_masked_(dx, ds, a, seed, dropout_p)
     return dx
 
 

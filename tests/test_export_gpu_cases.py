@@ -61,6 +61,7 @@ def test_encoders_embed_alike(build: Any) -> None:
     torch.testing.assert_close(call(), eager, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_decoders_choose_the_same_tokens_call_after_call() -> None:
     """In fp32; a call begins where the one before it began."""
     for case in (PREFILL, DECODE):

@@ -325,6 +325,7 @@ def test_auto_takes_nothing_that_parity_refuses(llama: Path, tmp_path: Path) -> 
     assert record["auto"]["trials"][0]["parity"] is False
 
 
+@pytest.mark.slow
 def test_two_exports_with_auto_are_byte_identical_and_report_the_time(
     classifier: Path, tmp_path: Path
 ) -> None:

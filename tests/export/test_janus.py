@@ -130,6 +130,7 @@ def test_guidance_below_one_is_refused() -> None:
         exported("janus").generator().draw([])
 
 
+@pytest.mark.slow
 def test_a_string_is_no_list_of_prompts() -> None:
     with pytest.raises(InputError, match="prompts is the string 't4'"):
         exported("janus").generator().draw("t4")

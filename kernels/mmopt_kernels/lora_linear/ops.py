@@ -367,14 +367,19 @@ def _input_gradient(
         dx: Tensor = _backward_steps("triton").input_backward(d, weight, ds, a, seed, dropout_p)
         return dx
     if plan.add == "library":
+        # The first weight before dx: what it takes to dequantize it is gone by then.
+        first = products[0][1].dense(x.dtype, impl) if products else None
         # The adapters first, as in `library.up`; their gradient goes through the dropout's mask.
         dx = ds @ a.to(x.dtype)
         if kept is None:
             dx = library.dropout(dx, seed, dropout_p)
         else:
             dx = library.masked(dx, kept, dropout_p)
-        for d, base in products:
-            # Accumulated by the GEMM itself: no second buffer the size of x.
+        # Accumulated by the GEMM itself: no second buffer the size of x.
+        if first is not None:
+            dx.addmm_(products[0][0], first)
+            del first
+        for d, base in products[1:]:
             dx.addmm_(d, base.dense(x.dtype, impl))
         return dx
     if products:

@@ -252,15 +252,10 @@ def test_targets_that_were_not_asked_for_are_not_missing() -> None:
     assert comparison.problems == ()
 
 
-def test_what_builds_of_one_kernel_differ_by_does_not_make_a_record_stale() -> None:
-    """Code size, and two registers: Triton orders by addresses."""
+def test_code_size_alone_does_not_make_a_record_stale() -> None:
+    """The assembler does not give the same kernel the same size every time."""
     larger = replace(FORWARD, code_bytes=FORWARD.code_bytes + 256)
     assert compare(recorded(FORWARD), inspection(larger), WHERE).stale == ()
-    for more, stale in ((2, False), (-2, False), (4, True), (-4, True)):
-        other = replace(FORWARD, registers=FORWARD.registers + more)
-        found = compare(recorded(FORWARD), inspection(other), WHERE)
-        assert found.problems == ()
-        assert bool(found.stale) == stale
 
 
 def test_what_differs_without_being_worse_is_named_as_stale() -> None:

@@ -33,8 +33,8 @@ Progress = Callable[[str, int | None], AbstractContextManager[Callable[[int], No
 _LONGEST_SECONDS = 600.0
 
 # Triton orders some of what it emits by addresses, so that a kernel came out with 224 and 226
-# registers in turn. Without random addresses (Linux's ADDR_NO_RANDOMIZE) builds of one checkout
-# repeat, though not those of another at a longer path; where a sandbox refuses that, all vary.
+# registers in turn. Without random addresses (Linux's ADDR_NO_RANDOMIZE) builds repeat; where a
+# sandbox refuses that, they vary as before.
 _REPEATABLY = (
     "import ctypes, os, sys; system = ctypes.CDLL(None); "
     "system.personality(system.personality(0xFFFFFFFF) | 0x0040000); "

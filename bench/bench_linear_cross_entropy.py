@@ -19,7 +19,7 @@ from typing import Any
 import gpu_peers
 import pytest
 import torch
-from gpu_peers import CLOCK, Measured, Unavailable, time_peers
+from gpu_peers import CLOCK, Measured, Unavailable, seeded, time_peers
 from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
@@ -104,8 +104,7 @@ GPU_PEERS = CPU_PEERS | {"liger": liger}
 
 def call_of(case: Case, build: Callable[[Case], Loss], device: str) -> Callable[[], Any]:
     """Loss and gradients."""
-    # Meta tensors have no values to draw.
-    g = None if device == "meta" else torch.Generator(device).manual_seed(0)
+    g = seeded(device, 0)
 
     def make(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=g, device=device).to(case.dtype)

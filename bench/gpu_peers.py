@@ -64,6 +64,11 @@ class Measured:
     peak_bytes: int
 
 
+def seeded(device: str, seed: int) -> torch.Generator | None:
+    """A generator on the device; meta tensors have no values to draw."""
+    return None if device == "meta" else torch.Generator(device).manual_seed(seed)
+
+
 def time_peers(
     prepare: Mapping[str, Callable[[], Callable[[], Any]]], *, rounds: int, timer: str = TIMER
 ) -> dict[str, Measured | str]:

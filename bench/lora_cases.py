@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from gpu_peers import Unavailable
+from gpu_peers import Unavailable, seeded
 from torch import Tensor
 from torch.nn.functional import dropout, linear
 
@@ -121,11 +121,6 @@ class Tensors:
     weights: list[Any]
     a: list[Tensor]
     b: list[Tensor]
-
-
-def seeded(device: str, seed: int) -> torch.Generator | None:
-    """A generator on the device; meta tensors have no values to draw."""
-    return None if device == "meta" else torch.Generator(device).manual_seed(seed)
 
 
 def tensors(case: Case, device: str = "cpu") -> Tensors:

@@ -74,6 +74,11 @@ def read_texts(path: Path, *, text: str = "text", label: str | None = None) -> L
     return LabelledTexts(texts, labels if label is not None else None)
 
 
+def class_names(config: Any) -> tuple[str, ...]:
+    """A classifier's labels in the order of its logits, from transformers' config of it."""
+    return tuple(str(config.id2label[index]) for index in range(len(config.id2label)))
+
+
 _MOST_NAMES = 20  # that a message lists
 
 

@@ -240,6 +240,24 @@ def test_gradients_by_columns_are_as_right_as_those_of_eager(
         assert error <= 2.0 * usual + 1e-6, f"{name}: {error} of {usual} in eager"
 
 
+@pytest.mark.parametrize("triton", [True, False])
+def test_small_gradients_by_columns_are_not_rounded_to_16_bits(triton: bool) -> None:
+    """Adapters and biases may be float32 over a bfloat16 weight; by rows they are summed so."""
+    case = Case(M=33, H=40, V=130, R=3, bias=True, dtype=torch.bfloat16)
+    x = inputs(case)
+    args = chunked.Arguments(
+        *(t.detach() for t in (x.hidden, x.weight, x.labels, x.bias, x.a, x.b))
+    )
+    options, needs = chunked.Options(-100, None, 0.0, 0.0), [True] * 5
+    weights = torch.ones(case.M, device=DEVICE)
+    _, lse, by_rows = chunked.run(args, weights, options, needs, triton)
+    found = chunked.gradients_by_columns(args, weights, lse, options, needs, triton)
+    wide, narrow = torch.float32, torch.bfloat16
+    assert [g.dtype for g in found] == [narrow, narrow, wide, wide, wide]
+    for got, want in zip(found, by_rows, strict=True):
+        torch.testing.assert_close(got.float(), want.float(), atol=3e-2, rtol=3e-2)
+
+
 @pytest.mark.skipif(DEVICE != "cpu", reason="counts what torch's CPU allocator hands out")
 @pytest.mark.filterwarnings("ignore:TF32 acceleration")  # said when oneDNN is switched off
 def test_trained_bfloat16_weight_needs_its_gradient_and_little_more(

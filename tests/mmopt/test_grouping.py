@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import mmopt
 from mmopt.compilation.grouping import LORA_GROUPS
 from mmopt.compilation.store import OLDEST_TORCH
-from mmopt.compilation.tracing import Tracing
+from mmopt.compilation.tracing import Tracing, inductor_options
 from mmopt_kernels import lora_linear
 from mmopt_kernels.lora_linear import api
 from nf4_weights import random_nf4
@@ -212,6 +212,12 @@ def test_layers_in_and_out_of_autocast_stay_apart():
         return q.float()[..., :4] * apply(each[1], x)
 
     assert_same(half, x_of(3), each, ([1, 1], [1, 1]))
+
+
+def test_a_pass_of_the_users_own_stays_the_only_one(monkeypatch):
+    assert inductor_options() == {"pre_grad_custom_pass": LORA_GROUPS}
+    monkeypatch.setattr(torch._inductor.config, "pre_grad_custom_pass", lambda graph: None)
+    assert inductor_options() == {}
 
 
 def tiny_llama():

@@ -6,6 +6,7 @@ from mmopt_export.checkpoint import Checkpoint
 from mmopt_export.parts import Outputs, Part, Plan, not_padding
 from mmopt_export.runtime import MODEL
 from mmopt_export.tasks import text
+from mmopt_export.texts import class_names
 from mmopt_kernels.errors import InputError
 
 
@@ -27,7 +28,7 @@ def plan(checkpoint: Checkpoint, calibration: Path | None) -> Plan:
         raise InputError(f"{name} reads no token ids, expected a classifier of texts.")
     longest = text.longest_text(model, tokenizer)
     vocabulary = model.config.vocab_size
-    labels = tuple(str(model.config.id2label[one]) for one in range(len(model.config.id2label)))
+    labels = class_names(model.config)
     texts = text.calibration_texts(calibration)
     right = None if per_token else text.calibration_labels(calibration, labels)
     return Plan(

@@ -15,7 +15,7 @@ from mmopt_export.preprocessing import frames_of, process_sounds
 from mmopt_export.records import Record, read_sounds
 from mmopt_export.runtime import MODEL, Tensors
 from mmopt_export.tasks import processors
-from mmopt_export.texts import read_class_labels
+from mmopt_export.texts import class_names, read_class_labels
 from mmopt_kernels.errors import InputError
 
 AUDIO_COLUMN = "audio"
@@ -52,8 +52,7 @@ def plan(checkpoint: Checkpoint, calibration: Path | None) -> Plan:
         raise InputError(f"{name} has an adapter behind its encoder, expected none.")
     folder = resolve(checkpoint.source)
     audio = _audio(folder, config)
-    id2label = {} if recognizes else config.id2label
-    labels = tuple(str(id2label[index]) for index in range(len(id2label)))
+    labels = () if recognizes else class_names(config)
     preprocessing: dict[str, Any] = {"audio": audio}
     if recognizes:
         preprocessing["ctc"] = _vocabulary(folder, config)

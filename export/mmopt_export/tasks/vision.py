@@ -9,6 +9,7 @@ from mmopt_export.checkpoint import Checkpoint, resolve
 from mmopt_export.parts import Outputs, Part, Plan
 from mmopt_export.runtime import MODEL
 from mmopt_export.tasks import image
+from mmopt_export.texts import class_names
 from mmopt_kernels.errors import InputError
 
 # Convolutions see a picture of any size alike; they quantize statically. By `model_type`.
@@ -53,8 +54,7 @@ def plan(checkpoint: Checkpoint, calibration: Path | None) -> Plan:
     example = image.example_images(channels, height, width)
     outputs = ("logits",) if classifies else _states(model, example)
     records = image.calibration_images(calibration)
-    id2label = config.id2label if classifies else {}
-    labels = tuple(str(id2label[index]) for index in range(len(id2label)))
+    labels = class_names(config) if classifies else ()
     right = image.calibration_labels(calibration, labels) if classifies else None
     axes = {0: "batch", 2: "height", 3: "width"} if free else {0: "batch"}
     return Plan(

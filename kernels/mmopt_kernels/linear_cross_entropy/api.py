@@ -11,11 +11,9 @@ from torch import Tensor
 from mmopt_kernels._autocast import autocast_dtype
 from mmopt_kernels._transforms import refuse_transforms
 from mmopt_kernels.errors import KernelInputError
-from mmopt_kernels.linear_cross_entropy.ops import (
-    DTYPES,
-    IMPLS,
-    by_columns,
-)  # registers the ops too
+
+# Registers the ops too.
+from mmopt_kernels.linear_cross_entropy.ops import DTYPES, IMPLS, by_columns
 
 Impl = Literal["auto", "reference", "chunked", "triton"]
 Reduction = Literal["mean", "sum", "none"]

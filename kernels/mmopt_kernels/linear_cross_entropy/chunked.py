@@ -1,8 +1,8 @@
 """The linear cross-entropy by chunks: vendor GEMMs around one step per chunk of logits.
 
 The step turns the logits of a chunk into their gradient: in PyTorch here, or in a kernel of
-`kernel`, which does it in place. Chunks are of rows (`run`); where a weight of 16 bits is trained,
-the gradients are made by chunks of columns (`gradients_by_columns`).
+`kernel`, which does it in place. Chunks are of rows (`run`); the gradients with that of a bfloat16
+weight on a GPU are made by chunks of columns (`gradients_by_columns`).
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from torch import Tensor
 GPU_ELEMENTS = 2**27
 CPU_ELEMENTS = 2**24
 # By columns there are more launches of smaller GEMMs: 4096 columns of 8192 rows, 64 MiB in 16 bits,
-# so that the chunk and the float32 sum of the hidden gradient, which each chunk passes over once,
+# so that the chunk and the float32 sum of the hidden gradient, which each chunk reads and writes,
 # stay a small part of the weight's gradient.
 COLUMN_ELEMENTS = 2**25
 # Of a frozen weight a chunk on a GPU has at most a fourth of the rows, or this many: its logits are
-# then a 24th of what an eager loss keeps, some 12 bytes for each. Where the weight is trained, the
-# float32 sum of its gradient is larger than they are, and each chunk reads and writes it, 8 V H
+# then a 24th of what an eager loss keeps, some 12 bytes for each. By rows the float32
+# sum of a trained weight's gradient is larger, and each chunk reads and writes it, 8 V H
 # bytes beside 6 rows V H FLOPs: at the 3.35 TB/s and some 600 TFLOP/s of an H100 as long as the
 # GEMMs with 240 rows, a quarter of that with 1024.
 GPU_PARTS = 4
@@ -168,7 +168,8 @@ def gradients_by_columns(
         needs: as for `run`.
 
     Returns:
-        The needed gradients, each in the dtype of its tensor.
+        The needed gradients: those of hidden and weight in their dtype, the others, which are
+        small, in that of the losses.
     """
     hidden, weight, labels, bias, a, b = args
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
@@ -177,9 +178,10 @@ def gradients_by_columns(
     labels, weights, lse = labels.contiguous(), weights.to(wide).contiguous(), lse.contiguous()
     dhidden = hidden.new_zeros(hidden.shape, dtype=wide) if need_hidden else None
     # Each row of these belongs to one column of the logits.
-    dweight, dbias, db = (
-        x.new_empty(x.shape) if need and x is not None else None
-        for x, need in ((weight, need_weight), (bias, need_bias), (b, need_b))
+    dweight = weight.new_empty(weight.shape) if need_weight else None
+    dbias, da, db = (
+        x.new_zeros(x.shape, dtype=wide) if need and x is not None else None
+        for x, need in ((bias, need_bias), (a, need_a), (b, need_b))
     )
     s = None if a is None else hidden @ a.t()  # [M, R]
     ds = None if s is None or not (need_hidden or need_a) else torch.zeros_like(s, dtype=wide)
@@ -204,14 +206,14 @@ def gradients_by_columns(
         if dbias is not None:
             dbias[part] = d.sum(0, dtype=wide)
         if db is not None and s is not None:
-            torch.mm(d.t(), s, out=db[part])
+            _add_product(db[part], d.t(), s)
         del d
-    da = None
     if ds is not None and a is not None:
         ds = ds.to(hidden.dtype)
         if dhidden is not None:
             _add_product(dhidden, ds, a)
-        da = ds.t() @ hidden if need_a else None
+        if da is not None:
+            _add_product(da, ds.t(), hidden)
     dhidden = None if dhidden is None else dhidden.to(hidden.dtype)
     return [x for x in (dhidden, dweight, dbias, da, db) if x is not None]
 

@@ -1,8 +1,9 @@
 """What `make gpu` runs, in parts, each of which keeps a result of its own.
 
-    python bench/gpu.py                          all of it: about an hour
+    python bench/gpu.py                          all of it but tune: about an hour
     python bench/gpu.py tests ops -o out         some parts, results into a folder
     python bench/gpu.py ops -k "attention and images"
+    python bench/gpu.py tune -o out              tiles, into a table of its own
 
 Exit codes: 0 done, 1 a test failed, 3 there is no GPU or a benchmark could not run. Without a GPU
 nothing is written.
@@ -16,7 +17,8 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from gpu_warm import compile_beforehand
+import gpu_tune
+import gpu_warm
 
 from mmopt.cli.output import progress_bar, stderr, stdout
 from mmopt.measure.gpu_timing import require_cuda
@@ -43,13 +45,13 @@ MOST_PROCESSES = 14
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("parts", nargs="*", metavar="PART", help="tests, ops, steps, exports")
+    parser.add_argument("parts", nargs="*", metavar="PART", help="tests, tune, ops, steps, exports")
     parser.add_argument("-k", default="", metavar="WORDS", help="of the suites, as pytest's -k")
     parser.add_argument("-o", type=Path, default=RESULTS, metavar="FOLDER", help="for the results")
     asked = parser.parse_args(arguments)
-    unknown = set(asked.parts) - {"tests", *SUITES}
+    unknown = set(asked.parts) - {"tests", "tune", *SUITES}
     if unknown:
-        parser.error(f"{', '.join(sorted(unknown))}: expected tests, {', '.join(SUITES)}")
+        parser.error(f"{', '.join(sorted(unknown))}: expected tests, tune, {', '.join(SUITES)}")
     parts = asked.parts or ["tests", *SUITES]
     try:
         require_cuda()
@@ -57,7 +59,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stderr.print("a test failed on the GPU; nothing was measured.", style="bold red")
             return 1
         for part in [one for one in parts if one != "tests"]:
-            measure(part, asked.k, asked.o)
+            if part == "tune":
+                tune(asked.k, asked.o / "tables")
+            else:
+                measure(part, asked.k, asked.o)
     except MmoptError as error:
         stderr.print(f"error: {error}", style="bold red", markup=False, soft_wrap=True)
         return error.exit_code
@@ -85,10 +90,27 @@ def tests_pass() -> bool:
     )
 
 
+def tune(words: str, folder: Path) -> None:
+    """Tune every launch whose kernel and name have all the words, and say what won by how much."""
+    chosen = [
+        one
+        for one in gpu_tune.launches()
+        if all(word in f"{one.kernel} {one.name}" for word in words.split())
+    ]
+    if not words:
+        gpu_warm.compile_beforehand(processes(), gpu_tune.run, gpu_tune.tasks())
+    for launch in chosen:
+        found = gpu_tune.tune(launch, folder)
+        times = [ms for _, ms in found.timings if isinstance(ms, float)]
+        config = "as it is" if found.config is None else dict(found.config)
+        print(f"{launch.kernel} {launch.name}: {times[0]:.4f} ms, best {min(times):.4f}: {config}")
+    print(f"written to {folder}")
+
+
 def measure(part: str, words: str, folder: Path) -> None:
     """Run the suites of a part, and keep and show what they found."""
     if part == "ops" and not words:
-        compile_beforehand(processes())
+        gpu_warm.compile_beforehand(processes())
     options = ["-m", "gpu and not slow", *(["-k", words] if words else [])]
     report = run_suites(
         [f"bench/{name}" for name in SUITES[part]], options=options, progress=progress_bar

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
@@ -33,7 +33,7 @@ Task = tuple[str, int, str, str]
 """Suite, index of the case, direction, peer."""
 
 
-def tasks() -> list[Task]:
+def suite_tasks() -> list[Task]:
     """All that the suites compile."""
     return [
         (suite, index, direction, peer)
@@ -67,9 +67,11 @@ def _start() -> None:
     torch.set_num_threads(1)
 
 
-def compile_beforehand(processes: int, run: Callable[[Task], object] = run) -> None:
-    """Run everything that the suites compile once, with so many processes."""
+def compile_beforehand(
+    processes: int, run: Callable[[Any], object] = run, tasks: Iterable[Any] | None = None
+) -> None:
+    """Run everything that the suites compile, or other tasks, once, with so many processes."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, mp_context=context, initializer=_start) as pool:
-        for _ in pool.map(run, tasks()):
+        for _ in pool.map(run, suite_tasks() if tasks is None else tasks):
             pass

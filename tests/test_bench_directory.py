@@ -10,6 +10,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from mmopt.measure.gate.config import read_config
 from mmopt.measure.suites.collection import PYTEST_OPTIONS
 from mmopt.measure.suites.figures import read_figures
 from mmopt.measure.suites.run import run_suites
+from mmopt_kernels import candidates, tuning
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCH = ROOT / "bench"
@@ -195,7 +197,7 @@ def test_a_gpu_result_is_named_for_its_gpu_and_day() -> None:
 def test_what_is_compiled_beforehand_are_the_cases_of_the_suites() -> None:
     """Each with every peer that compiles, and each reaches a process."""
     warm = importlib.import_module("gpu_warm")  # other processes import it too
-    found = warm.tasks()
+    found = warm.suite_tasks()
     assert len(found) == len(set(found))
     for suite, (cases, directions, peers) in warm.SUITES.items():
         assert set(peers) <= set(cases.GPU_PEERS)
@@ -217,6 +219,54 @@ def test_compiling_beforehand_runs_a_case_or_says_why_it_cannot(
     assert warm.run(("lora", 0, "forward", "mmopt"), "cpu") is None
     assert warm.run(("losses", 0, "", "mmopt"), "cpu") is None
     assert "liger_kernel is not installed" in str(warm.run(("losses", 0, "", "liger"), "cpu"))
+
+
+def small(launch: Any) -> Any:
+    """The same kernel at a size for the interpreter."""
+    tuner = importlib.import_module("gpu_tune")
+    if launch.kernel.startswith("lora"):
+        dropout_p = 0.1 if "dropout" in launch.name else 0.0
+        return tuner.lora(launch.kernel, 8, 16, 16, 4, dropout_p)
+    if launch.kernel.startswith("attention"):
+        return tuner.attention(launch.kernel, 16, 16, "packed", heads=1)
+    return tuner.cross_entropy(4, 32)
+
+
+def test_what_is_tuned_launches_its_kernel_and_is_tried_with_every_candidate(
+    tmp_path: Path,
+) -> None:
+    """Every kernel that has tiles, but the one of 4 bits, which no GPU was tuned for yet."""
+    tuner = importlib.import_module("gpu_tune")
+    kernels = {one.kernel: one for one in tuner.launches()}
+    assert set(kernels) == set(tuning.FIELDS) - {"lora_linear_nf4"}
+    for kernel, launch in kernels.items():
+        calls: list[object] = []
+
+        def clock(call: Any, calls: list[object] = calls) -> float:
+            calls.append(call)
+            call()
+            return float(len(calls))  # the first is the fastest
+
+        found = tuner.tune(small(launch), tmp_path, "cpu", clock, "a clock")
+        width = found.key.width
+        assert len(calls) == len(found.timings) == len(candidates.candidates(kernel, width))
+        assert found.key.kernel == kernel
+    table = json.loads((tmp_path / "interpreter.json").read_text())
+    assert {entry["kernel"] for entry in table["entries"]} == set(kernels)
+    assert all(entry["config"] is None for entry in table["entries"])
+
+
+def test_every_candidate_of_a_launch_is_compiled_beforehand(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tuner = importlib.import_module("gpu_tune")
+    launches = [small(one) for one in tuner.launches() if one.kernel == "lora_linear_down"][:1]
+    monkeypatch.setattr(tuner, "launches", lambda: launches)
+    monkeypatch.setattr(candidates, "candidates", lambda kernel, width: [None, {"BLOCK_M": 3}])
+    assert tuner.tasks() == [(0, 0), (0, 1)]
+    assert tuner.run((0, 0), "cpu") is None
+    assert "BLOCK_M" in str(tuner.run((0, 1), "cpu"))
+    assert tuner.run((0, 2), "cpu") is None
 
 
 def test_samples_of_our_timers_reach_pytest_benchmark_unchanged(

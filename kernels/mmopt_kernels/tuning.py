@@ -70,6 +70,7 @@ FIELDS = {
         "GROUP_M",
         "num_warps",
         "num_stages",
+        "TMA",
     ),
     # Its width is the rows of the tile, its length N.
     "lora_linear_nf4": ("BLOCK_N", "BLOCK_K", "num_warps"),
@@ -83,6 +84,7 @@ FIELDS = {
         "GROUP_M",
         "num_warps",
         "num_stages",
+        "TMA",
     ),
     "lora_linear_add": ("BLOCK_M", "BLOCK_K", "num_warps", "num_stages"),
     # Its width is the vocabulary, its length the rows of a chunk.
@@ -282,7 +284,7 @@ class Tuned:
 
 def tune(
     kernel: str,
-    candidates: Sequence[Config | None],
+    candidates: Sequence[Config | None] | None,
     call: Callable[[], object],
     *,
     folder: str | os.PathLike[str] | None = None,
@@ -295,7 +297,7 @@ def tune(
         kernel: a key of `FIELDS`.
         candidates: configurations, each with all fields of the kernel. None stands for a launch
             without any: of an optional kernel, for what is launched in its place. First among
-            them, it also wins a tie.
+            them, it also wins a tie. Without a list, those of `mmopt_kernels.candidates`.
         call: runs the op that launches the kernel, with the arguments to tune for. Everything else
             that it does is timed too, alike for every candidate.
         folder: where the table and a file with all timings go; MMOPT_TABLES by default.
@@ -313,6 +315,8 @@ def tune(
     folder = folder or os.environ.get(TABLES)
     if not folder:
         raise InputError(f"tune: no folder to write to. Pass folder, or set {TABLES}.")
+    if candidates is None:
+        candidates = _known(kernel, call)
     if not candidates:
         raise InputError(f"tune: no candidates for {kernel}, expected at least one.")
     for index, config in enumerate(candidates):
@@ -327,9 +331,7 @@ def tune(
                 timings.append((tried, clock(call)))
             except _skipped() as error:
                 timings.append((tried, f"{type(error).__name__}: {error}"))
-        if kernel not in asked:
-            raise InputError(f"tune: call does not launch {kernel}. Pass one that does.")
-        key = asked[kernel]
+        key = _key_of(kernel, asked)
     assert key is not None
     ran = [(ms, index) for index, (_, ms) in enumerate(timings) if isinstance(ms, float)]
     if not ran:
@@ -337,6 +339,20 @@ def tune(
         raise InputError(f"tune: no candidate for {kernel} runs. Pass smaller tiles.\n{reasons}")
     best = timings[min(ran)[1]][0]
     return _write(Path(folder), key, best, timings, gpu or torch.cuda.get_device_name())
+
+
+def _known(kernel: str, call: Callable[[], object]) -> Sequence[Config | None]:
+    from mmopt_kernels import candidates  # which needs this module
+
+    with forcing({}) as asked:
+        call()
+    return candidates.candidates(kernel, _key_of(kernel, asked).width)
+
+
+def _key_of(kernel: str, asked: Mapping[str, Key]) -> Key:
+    if kernel not in asked:
+        raise InputError(f"tune: call does not launch {kernel}. Pass one that does.")
+    return asked[kernel]
 
 
 def _graph_milliseconds(call: Callable[[], object]) -> float:

@@ -19,9 +19,9 @@ from torch import Tensor
 pytest.importorskip("triton", reason="runs Triton kernels")
 
 from mmopt_kernels import _triton, attention, tuning
+from mmopt_kernels._descriptors import describable, has_tma
 from mmopt_kernels.attention import kernel, kernel_backward
 from mmopt_kernels.attention import tiles as tiles_module
-from mmopt_kernels.attention.tiles import describable, has_tma
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SEED = -(3 << 40) + 12345  # negative, and wider than 32 bits

@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,8 +21,10 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="runs Triton kernels")
 
-from mmopt_kernels import tuning
+from mmopt_kernels import _triton, tuning
+from mmopt_kernels._descriptors import has_tma
 from mmopt_kernels.dropout.reference import keep_mask
+from mmopt_kernels.errors import KernelInputError
 from mmopt_kernels.lora_linear import kernel, kernel_backward
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -46,6 +48,7 @@ class Case:
     adapters: int = 0
     dtype: torch.dtype = FP32
     factors: torch.dtype | None = None  # as x where None
+    aligned: bool = False  # to 16 bytes, as a descriptor wants it
 
     def __str__(self) -> str:
         sizes = f"M{self.M}-K{self.K}-N{self.N}-R{self.R}"
@@ -68,13 +71,17 @@ CASES = [
 ]
 # Of each launcher its first call's tile: rows and columns of the activation, and of the sum.
 SMALL = {
-    "lora_linear_forward": {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 32, "GROUP_M": 2},
+    "lora_linear_forward": {
+        "BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 32, "GROUP_M": 2, "TMA": False,
+    },
     "lora_linear_down": {"BLOCK_M": 16, "BLOCK_K": 16},
     "lora_linear_up_backward": {"BLOCK_M": 16, "BLOCK_N": 16},
     "lora_linear_down_backward": {"BLOCK_M": 16, "BLOCK_K": 16},
-    "lora_linear_input_backward": {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 16, "GROUP_M": 2},
+    "lora_linear_input_backward": {
+        "BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 16, "GROUP_M": 2, "TMA": False,
+    },
     "lora_linear_add": {"BLOCK_M": 16, "BLOCK_K": 16},
-}
+}  # fmt: skip
 
 
 @contextmanager
@@ -125,8 +132,10 @@ class Inputs:
 
     def poisoned(self, x: Tensor) -> Tensor:
         rows, columns = x.shape
-        buffer = torch.full((rows + 3, columns + 5), float("nan"), dtype=x.dtype, device=DEVICE)
-        view = buffer[1 : rows + 1, 2 : columns + 2]
+        left, right = (8, 8 + -columns % 8) if self.case.aligned else (2, 3)
+        size = (rows + 3, left + columns + right)
+        buffer = torch.full(size, float("nan"), dtype=x.dtype, device=DEVICE)
+        view = buffer[1 : rows + 1, left : left + columns]
         view.copy_(x)
         self.buffers.append(buffer)
         return view
@@ -264,6 +273,81 @@ def test_launcher_matches_the_float64_oracle(case: Case, step: str) -> None:
         assert (value.double() - want).abs().max().item() <= limit, name
     for now, then in zip(x.buffers, before, strict=True):
         assert torch.equal(now.view(torch.uint8), then.view(torch.uint8))
+
+
+def on_sm_90() -> AbstractContextManager[None]:
+    """Launchers take the interpreter for a GPU with TMA; a GPU is taken as it is."""
+    if DEVICE == "cpu":
+        return _triton.assuming("sm_90")
+    if not has_tma(_triton.target(torch.device(DEVICE, torch.cuda.current_device()))):
+        pytest.skip("this GPU has no TMA")
+    return nullcontext()
+
+
+@pytest.fixture
+def described(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The shapes of what is described from here on, in order."""
+    shapes = []
+    describe = kernel.TensorDescriptor
+
+    def record(x: Tensor, *rest: object) -> object:
+        shapes.append(tuple(x.shape))
+        return describe(x, *rest)
+
+    monkeypatch.setattr(kernel, "TensorDescriptor", record)
+    return shapes
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(M=43, K=104, N=72, R=5, dtype=BF16, factors=FP32, aligned=True),
+        Case(M=19, K=40, N=24, R=80, dropout=0.3, dtype=FP16, aligned=True),
+        Case(M=1, K=36, N=20, R=16, aligned=True),
+    ],
+    ids=str,
+)
+def test_descriptors_and_pointers_give_the_same(
+    case: Case, described: list[tuple[int, ...]]
+) -> None:
+    """The NaN around the inputs, which a descriptor must not read, would show in any result.
+
+    The interpreter multiplies by BLAS, which adds float32 in another order when weight is turned.
+    """
+    x = Inputs(case)
+    y = kernel.up(x.x, x.weight, x.s, x.b, x.bias, SCALE)
+    dx = kernel_backward.input_backward(x.dy, x.weight, x.ds, x.a, *x.drawn)
+    assert described == []
+    with on_sm_90(), tiles(TMA=True):
+        y_described = kernel.up(x.x, x.weight, x.s, x.b, x.bias, SCALE)
+        dx_described = kernel_backward.input_backward(x.dy, x.weight, x.ds, x.a, *x.drawn)
+    for got, want in ((y_described, y), (dx_described, dx)):
+        limit = TERMS * want.abs().max().item() if case.dtype == FP32 else 0.0
+        assert (got - want).abs().max().item() <= limit
+    M, K, N = case.M, case.K, case.N
+    # x, weight and y; dy, weight and dx.
+    assert described == [(M, K), (N, K), (M, N), (M, N), (N, K), (M, K)]
+    assert y.isfinite().all()
+    assert dx.isfinite().all()
+
+
+@pytest.mark.parametrize("wrong", ["base", "rows", "weight turned", "result"])
+def test_what_cannot_be_described_is_refused_where_descriptors_are_forced(wrong: str) -> None:
+    """A table's entry with TMA is then passed over, see `tuning.Entry.fits`."""
+    x = Inputs(Case(M=20, K=40, N=24, R=4, dtype=BF16, aligned=True))
+    rows, weight, s, b = x.x, x.weight, x.s, x.b
+    if wrong == "base":
+        rows = torch.zeros(20 * 40 + 1, dtype=BF16, device=DEVICE)[1:].view(20, 40)
+    elif wrong == "rows":
+        rows = torch.zeros(20, 44, dtype=BF16, device=DEVICE)[:, :40]
+    elif wrong == "weight turned":
+        weight = x.turned
+    else:
+        weight, b = weight[:20], b[:20]
+    with on_sm_90(), tiles(TMA=True), pytest.raises(KernelInputError, match="TMA is forced"):
+        kernel.up(rows, weight, s, b, None, SCALE)
+    with on_sm_90():
+        assert kernel.up(rows, weight, s, b, None, SCALE).isfinite().all()
 
 
 @pytest.mark.parametrize("step", STEPS)

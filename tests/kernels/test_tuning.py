@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import timeit
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from mmopt_kernels import tuning
+from mmopt_kernels import candidates, tuning
 from mmopt_kernels.errors import InputError, KernelInputError
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -260,6 +261,29 @@ def test_tuning_writes_the_fastest_candidate_with_its_provenance(folder: Path) -
     assert [timing.get("ms") for timing in timings] == [2.0, 1.0, None]
     assert timings[2]["skipped"] == "KernelInputError: too large"
     assert [path for path in folder.rglob("*") if path.name.startswith(".")] == []
+
+
+def test_without_a_list_the_known_candidates_for_the_width_are_timed(folder: Path) -> None:
+    known = candidates.candidates(KERNEL, 64)
+    assert known[0] is None
+    assert len(known) > 2
+    got = tuning.tune(KERNEL, None, launch, clock=lambda call: float(call() is None), gpu="a clock")
+    assert [config for config, _ in got.timings] == list(known)
+    with pytest.raises(InputError, match="does not launch attention_forward"):
+        tuning.tune(KERNEL, None, lambda: None, clock=lambda call: 1.0)
+
+
+@pytest.mark.parametrize("kernel", tuning.FIELDS)
+@pytest.mark.parametrize("width", [16, 64, 128, 256])
+def test_known_candidates_are_well_formed_and_differ(kernel: str, width: int) -> None:
+    known = candidates.candidates(kernel, width)
+    assert known[0] is None
+    with contextlib.ExitStack() as stack:
+        for candidate in known:  # refused where it is malformed
+            stack.enter_context(tuning.forcing({kernel: candidate}))
+    listed = [dict(candidate) for candidate in known if candidate is not None]
+    assert len(listed) == len(known) - 1
+    assert all(one not in listed[:index] for index, one in enumerate(listed))
 
 
 @pytest.mark.parametrize("passes", [1, 2])

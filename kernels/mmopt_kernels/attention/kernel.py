@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mmopt_kernels import _triton, tuning
+from mmopt_kernels._descriptors import describable, has_tma
 from mmopt_kernels._philox import dropout_scales
 from mmopt_kernels.attention.tiles import (
     LN_2,
@@ -17,9 +18,7 @@ from mmopt_kernels.attention.tiles import (
     block_d,
     both_bounds,
     choose,
-    describable,
     for_target,
-    has_tma,
     kept,
     key_ranges,
     load_rows,

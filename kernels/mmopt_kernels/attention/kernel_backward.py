@@ -22,15 +22,14 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mmopt_kernels import _triton, tuning
+from mmopt_kernels._descriptors import describable, has_tma
 from mmopt_kernels._philox import dropout_scales
 from mmopt_kernels.attention.tiles import (
     LOG2_E,
     block_d,
     both_bounds,
     choose,
-    describable,
     for_target,
-    has_tma,
     kept,
     key_ranges,
     listed,

@@ -13,6 +13,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mmopt_kernels import _triton, tuning
+from mmopt_kernels._descriptors import describable
 
 LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
@@ -185,27 +186,6 @@ def kept(seed, i_bh, o_m, i_n, threshold, BLOCK_N: tl.constexpr, BY_KEY: tl.cons
 def block_d(head_dim: int) -> int:
     """The head dimension as the kernels hold it: a power of two, and 16 or more for tl.dot."""
     return max(16, triton.next_power_of_2(head_dim))  # type: ignore[no-any-return]
-
-
-def has_tma(target: str) -> bool:
-    """The target has a tensor memory accelerator: NVIDIA's from compute capability 9.0 on."""
-    return target.startswith("sm_") and int(target[3:]) >= 90
-
-
-def describable(*tensors: Tensor) -> bool:
-    """A TMA descriptor can describe each of these ``[B, H, N, D]``, whose last stride is 1.
-
-    The base and every stride must be multiples of 16 bytes (CUDA driver API,
-    cuTensorMapEncodeTiled). Of an expanded tensor, with a stride of 0, it says nothing.
-    """
-    for x in tensors:
-        if x.numel() == 0 or x.data_ptr() % 16:
-            return False
-        step = 16 // x.element_size()
-        for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True):
-            if size > 1 and (stride % step or stride == 0):
-                return False
-    return True
 
 
 def vector_of(*tensors: Tensor) -> int:

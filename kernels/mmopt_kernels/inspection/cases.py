@@ -153,6 +153,31 @@ def _lora_linear(dtype: str, rows: int, rank: int, default: frozenset[str]) -> C
     return Case(f"lora_linear/{dtype}-m{rows}-r{rank}", launch, dtype, None, default)
 
 
+def _lora_described(dtype: str, rank: int, default: frozenset[str]) -> Case:
+    """Both large products through descriptors, which no table asks for yet, at a layer's size.
+
+    With the first tiles to tune with.
+    """
+
+    def launch() -> None:
+        from mmopt_kernels import tuning
+        from mmopt_kernels.candidates import candidates
+        from mmopt_kernels.lora_linear import kernel, kernel_backward
+
+        x, weight = (_matrix(dtype, rows, 4096) for rows in (8192, 4096))
+        s, a, b = (
+            _matrix(dtype, 8192, rank),
+            _matrix("fp32", rank, 4096),
+            _matrix("fp32", 4096, rank),
+        )
+        names = ("lora_linear_forward", "lora_linear_input_backward")
+        with tuning.forcing({name: candidates(name, rank)[1] for name in names}):
+            kernel.up(x, weight, s, b, None, 2.0)
+            kernel_backward.input_backward(x, weight, s, a, None, 0.0)
+
+    return Case(f"lora_described/{dtype}-m8192-r{rank}", launch, dtype, None, default)
+
+
 def _lora_down(dtype: str, rows: int, rank: int, features: str, default: frozenset[str]) -> Case:
     """4096 features through the adapter's first factor, alone and with several adapters."""
 
@@ -294,6 +319,7 @@ CASES: tuple[Case, ...] = (
     _lora_linear("bf16", 4096, 16, EVERYWHERE),
     _lora_linear("bf16", 16, 16, EVERYWHERE),
     _lora_linear("fp32", 4096, 16, EVERYWHERE),
+    *(_lora_described("bf16", r, HOPPER) for r in (16, 64)),
     *(_lora_down("bf16", 4096, r, f, EVERYWHERE) for r in (16, 64) for f in ("plain", "dropout")),
     _lora_down("bf16", 16, 16, "dropout", HOPPER),
     _lora_down("bf16", 4096, 192, "dropout-adapters", HOPPER),

@@ -15,8 +15,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mmopt_kernels import _triton, tuning
+from mmopt_kernels._descriptors import describable, has_tma
 from mmopt_kernels._philox import dropout_scales
 from mmopt_kernels.dropout.kernel import kept
 
@@ -195,6 +197,7 @@ def lora_linear_forward(
     R,
     scale,
     BIAS: tl.constexpr,
+    TMA: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -206,37 +209,44 @@ def lora_linear_forward(
     """One [BLOCK_M, BLOCK_N] tile of y = x wᵀ + bias + scale s bᵀ.
 
     A GEMM's traffic, M K + N K + M N elements when the tiles of a group meet in L2, and M R + N R
-    for the adapter: y is written once and never read, where addmm_ reads and writes it again.
+    for the adapter: y is written once and never read, where addmm_ reads and writes it again. With
+    TMA x, w and y are descriptors. b is rounded here: a launch less, for a tile of it a program.
     """
     i_m, i_n = grouped_tile(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
     o_m = i_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     o_n = i_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_m = o_m < M
     m_n = o_n < N
+    DTYPE: tl.constexpr = p_y.dtype if TMA else p_y.dtype.element_ty
 
     b_acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    # The adapter goes first, so that the scale touches its product alone.
-    for i_r in range(0, R, BLOCK_R):
+    # The adapter goes first, so that the scale touches its product alone. Nothing is prefetched:
+    # few have more than one block of ranks, and the memory for it would be the large sum's.
+    for i_r in tl.range(0, R, BLOCK_R, num_stages=1):
         o_r = i_r + tl.arange(0, BLOCK_R)
         m_r = o_r < R
         # [BLOCK_M, BLOCK_R] and [BLOCK_R, BLOCK_N]
         p_st = p_s + o_m[:, None] * stride_sm + o_r[None, :]
         p_bt = p_b + o_n[None, :] * stride_bn + o_r[:, None]
         b_s = tl.load(p_st, mask=m_m[:, None] & m_r[None, :], other=0.0)
-        b_b = tl.load(p_bt, mask=m_r[:, None] & m_n[None, :], other=0.0)
+        b_b = tl.load(p_bt, mask=m_r[:, None] & m_n[None, :], other=0.0).to(DTYPE)
         if WIDEN:
             b_s = b_s.to(tl.float32)
             b_b = b_b.to(tl.float32)
         b_acc = tl.dot(b_s, b_b, b_acc, input_precision=PRECISION)
     b_acc = b_acc * scale
     for i_k in range(0, K, BLOCK_K):
-        o_k = i_k + tl.arange(0, BLOCK_K).to(tl.int64)
-        m_k = o_k < K
         # [BLOCK_M, BLOCK_K] and [BLOCK_K, BLOCK_N]
-        p_xt = p_x + o_m[:, None] * stride_xm + o_k[None, :]
-        p_wt = p_w + o_n[None, :] * stride_wn + o_k[:, None] * stride_wk
-        b_x = tl.load(p_xt, mask=m_m[:, None] & m_k[None, :], other=0.0)
-        b_w = tl.load(p_wt, mask=m_k[:, None] & m_n[None, :], other=0.0)
+        if TMA:
+            b_x = p_x.load([i_m * BLOCK_M, i_k])
+            b_w = tl.trans(p_w.load([i_n * BLOCK_N, i_k]))
+        else:
+            o_k = i_k + tl.arange(0, BLOCK_K).to(tl.int64)
+            m_k = o_k < K
+            p_xt = p_x + o_m[:, None] * stride_xm + o_k[None, :]
+            p_wt = p_w + o_n[None, :] * stride_wn + o_k[:, None] * stride_wk
+            b_x = tl.load(p_xt, mask=m_m[:, None] & m_k[None, :], other=0.0)
+            b_w = tl.load(p_wt, mask=m_k[:, None] & m_n[None, :], other=0.0)
         if WIDEN:
             b_x = b_x.to(tl.float32)
             b_w = b_w.to(tl.float32)
@@ -244,8 +254,11 @@ def lora_linear_forward(
     if BIAS:
         b_acc += tl.load(p_bias + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
     # [BLOCK_M, BLOCK_N]
-    p_yt = p_y + o_m[:, None] * stride_ym + o_n[None, :]
-    tl.store(p_yt, b_acc.to(p_y.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])
+    if TMA:
+        p_y.store([i_m * BLOCK_M, i_n * BLOCK_N], b_acc.to(DTYPE))
+    else:
+        p_yt = p_y + o_m[:, None] * stride_ym + o_n[None, :]
+        tl.store(p_yt, b_acc.to(DTYPE), mask=m_m[:, None] & m_n[None, :])
 
 
 @triton.jit
@@ -276,7 +289,7 @@ def config(dtype: torch.dtype, M: int, backward: bool = False) -> tuning.Config:
         tile = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
     if backward:
         tile["BLOCK_N"], tile["BLOCK_K"] = tile["BLOCK_K"], tile["BLOCK_N"]
-    return tile | {"GROUP_M": 8}
+    return tile | {"GROUP_M": 8, "TMA": False}
 
 
 def config_down(dtype: torch.dtype, M: int, width: int) -> tuning.Config:
@@ -312,16 +325,28 @@ def unit_rows(x: Tensor) -> Tensor:
 
 
 def factor(a: Tensor, dtype: torch.dtype) -> Tensor:
-    """An adapter's factor as the kernels read it: rounded once, rather than by every program."""
+    """An adapter's factor where programs read much of it: rounded once, rather than by each."""
     return unit_rows(a.to(dtype))
 
 
 def shipped_tile(
-    kernel: str, x: Tensor, width: int, M: int, dropout: bool = False
+    kernel: str, x: Tensor, width: int, M: int, dropout: bool = False, tma: bool = False
 ) -> tuning.Config | None:
     """What the tables have for a launch on x; None leaves it to the heuristic beside the kernel."""
     features = ("dropout",) if dropout else ()
-    return tuning.lookup(kernel, _triton.target(x.device), x.dtype, width, M, features)
+    return tuning.lookup(kernel, _triton.target(x.device), x.dtype, width, M, features, tma)
+
+
+def allows_tma(*tensors: Tensor) -> bool:
+    """This GPU has TMA, and descriptors can describe all of these."""
+    return has_tma(_triton.target(tensors[0].device)) and describable(*tensors)
+
+
+def described(x: Tensor, tile: tuning.Config, rows: str, columns: str) -> Tensor | TensorDescriptor:
+    """x ``[M, N]`` as the kernels take it: with TMA a descriptor, by tile[rows] x tile[columns]."""
+    if not tile["TMA"]:
+        return x
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [tile[rows], tile[columns]])
 
 
 def operands(dtype: torch.dtype) -> dict[str, object]:
@@ -421,22 +446,22 @@ def up(
     x: Tensor, weight: Tensor, s: Tensor, b: Tensor, bias: Tensor | None, scale: float
 ) -> Tensor:
     """y = x weightᵀ + bias + scale s bᵀ, ``[M, N]``; weight may be stored in any order."""
-    x, s, b = unit_rows(x), unit_rows(s), factor(b, x.dtype)
+    x, s, b = unit_rows(x), unit_rows(s), unit_rows(b)
     (M, K), N, R = x.shape, weight.shape[0], b.shape[1]
     y = x.new_empty(M, N)
     if y.numel() == 0:
         return y
-    width = block_r(R)
-    tile = shipped_tile("lora_linear_forward", x, width, M) or config(x.dtype, M)
+    width, tma = block_r(R), allows_tma(x, weight, y)
+    tile = shipped_tile("lora_linear_forward", x, width, M, tma=tma) or config(x.dtype, M)
     grid = (triton.cdiv(M, tile["BLOCK_M"]) * triton.cdiv(N, tile["BLOCK_N"]),)
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         lora_linear_forward[grid](
-            x,
-            weight,
+            described(x, tile, "BLOCK_M", "BLOCK_K"),
+            described(weight, tile, "BLOCK_N", "BLOCK_K"),
             s,
             b,
             bias,
-            y,
+            described(y, tile, "BLOCK_M", "BLOCK_N"),
             x.stride(0),
             *weight.stride(),
             s.stride(0),

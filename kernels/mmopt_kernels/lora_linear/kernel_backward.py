@@ -23,9 +23,11 @@ from mmopt_kernels import tuning
 from mmopt_kernels._philox import dropout_scales
 from mmopt_kernels.dropout.kernel import kept
 from mmopt_kernels.lora_linear.kernel import (
+    allows_tma,
     block_r,
     block_r_down,
     config,
+    described,
     factor,
     grouped_tile,
     operands,
@@ -98,7 +100,7 @@ def lora_linear_up_backward(
         p_dyt = p_dy + o_m[:, None] * stride_gm + o_n[None, :]
         p_bt = p_b + o_n[:, None] * stride_bn + o_r[None, :]
         b_dy = tl.load(p_dyt, mask=m_m[:, None] & m_n[None, :], other=0.0)
-        b_b = tl.load(p_bt, mask=m_n[:, None] & m_r[None, :], other=0.0)
+        b_b = tl.load(p_bt, mask=m_n[:, None] & m_r[None, :], other=0.0).to(b_dy.dtype)
         if WIDEN:
             b_dy = b_dy.to(tl.float32)
             b_b = b_b.to(tl.float32)
@@ -201,14 +203,14 @@ def _through_down(
     m_m = o_m < M
     m_k = o_k < K
     b_dx = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
-    for i_r in range(0, R, BLOCK_R):
+    for i_r in tl.range(0, R, BLOCK_R, num_stages=1):
         o_r = i_r + tl.arange(0, BLOCK_R)
         m_r = o_r < R
         # [BLOCK_M, BLOCK_R] and [BLOCK_R, BLOCK_K]
         p_dst = p_ds + o_m[:, None] * stride_dsm + o_r[None, :]
         p_at = p_a + o_r.to(tl.int64)[:, None] * stride_ar + o_k[None, :]
         b_ds = tl.load(p_dst, mask=m_m[:, None] & m_r[None, :], other=0.0)
-        b_a = tl.load(p_at, mask=m_r[:, None] & m_k[None, :], other=0.0)
+        b_a = tl.load(p_at, mask=m_r[:, None] & m_k[None, :], other=0.0).to(b_ds.dtype)
         if WIDEN:
             b_ds = b_ds.to(tl.float32)
             b_a = b_a.to(tl.float32)
@@ -239,6 +241,7 @@ def lora_linear_input_backward(
     scale_kept,
     threshold,
     DROPOUT: tl.constexpr,
+    TMA: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -250,7 +253,8 @@ def lora_linear_input_backward(
     """One [BLOCK_M, BLOCK_K] tile of dx = dy w + keep / (1 - p) (ds a).
 
     A GEMM's traffic, M N + N K + M K elements when the tiles of a group meet in L2, and M R + K R
-    for the adapter: dx is written once and never read, where addmm_ reads and writes it again.
+    for the adapter: dx is written once and never read, where addmm_ reads and writes it again. With
+    TMA dy, w and dx are descriptors. a is rounded here, as b in forward.
     """
     i_m, i_k = grouped_tile(tl.program_id(0), M, K, BLOCK_M, BLOCK_K, GROUP_M)
     i_k = i_k * BLOCK_K
@@ -267,19 +271,26 @@ def lora_linear_input_backward(
     )
     # fmt: on
     for i_n in range(0, N, BLOCK_N):
-        o_n = i_n + tl.arange(0, BLOCK_N).to(tl.int64)
-        m_n = o_n < N
         # [BLOCK_M, BLOCK_N] and [BLOCK_N, BLOCK_K]
-        p_dyt = p_dy + o_m[:, None] * stride_gm + o_n[None, :]
-        p_wt = p_w + o_n[:, None] * stride_wn + o_k[None, :] * stride_wk
-        b_dy = tl.load(p_dyt, mask=m_m[:, None] & m_n[None, :], other=0.0)
-        b_w = tl.load(p_wt, mask=m_n[:, None] & m_k[None, :], other=0.0)
+        if TMA:
+            b_dy = p_dy.load([i_m * BLOCK_M, i_n])
+            b_w = p_w.load([i_n, i_k])
+        else:
+            o_n = i_n + tl.arange(0, BLOCK_N).to(tl.int64)
+            m_n = o_n < N
+            p_dyt = p_dy + o_m[:, None] * stride_gm + o_n[None, :]
+            p_wt = p_w + o_n[:, None] * stride_wn + o_k[None, :] * stride_wk
+            b_dy = tl.load(p_dyt, mask=m_m[:, None] & m_n[None, :], other=0.0)
+            b_w = tl.load(p_wt, mask=m_n[:, None] & m_k[None, :], other=0.0)
         if WIDEN:
             b_dy = b_dy.to(tl.float32)
             b_w = b_w.to(tl.float32)
         b_dx = tl.dot(b_dy, b_w, b_dx, input_precision=PRECISION)
-    p_dxt = p_dx + o_m[:, None] * K + o_k[None, :]
-    tl.store(p_dxt, b_dx.to(p_dx.dtype.element_ty), mask=m_m[:, None] & m_k[None, :])
+    if TMA:
+        p_dx.store([i_m * BLOCK_M, i_k], b_dx.to(p_dx.dtype))
+    else:
+        p_dxt = p_dx + o_m[:, None] * K + o_k[None, :]
+        tl.store(p_dxt, b_dx.to(p_dx.dtype.element_ty), mask=m_m[:, None] & m_k[None, :])
 
 
 @triton.jit(do_not_specialize=["M", "threshold"])
@@ -376,7 +387,7 @@ def up_backward(
         adapter_index, owner: as of `down`; ds is 0 where s is.
         need_b: without it db is None.
     """
-    dy, s, b = unit_rows(dy), unit_rows(s), factor(b, dy.dtype)
+    dy, s, b = unit_rows(dy), unit_rows(s), unit_rows(b)
     (M, N), R = dy.shape, b.shape[1]
     ds = dy.new_empty(M, R)
     if dy.numel() == 0 or R == 0:
@@ -498,25 +509,25 @@ def input_backward(
     dy: Tensor, weight: Tensor, ds: Tensor, a: Tensor, seed: Tensor | None, dropout_p: float
 ) -> Tensor:
     """dx = dy weight + keep / (1 - p) (ds a), ``[M, K]``; weight may be stored in any order."""
-    dy, ds, a = unit_rows(dy), unit_rows(ds), factor(a, dy.dtype)
+    dy, ds, a = unit_rows(dy), unit_rows(ds), unit_rows(a)
     (M, N), (R, K) = dy.shape, a.shape
     dx = dy.new_empty(M, K)
     if dx.numel() == 0:
         return dx
-    width, dropout = block_r(R), dropout_p > 0
-    tile = shipped_tile("lora_linear_input_backward", dy, width, M, dropout) or config(
+    width, dropout, tma = block_r(R), dropout_p > 0, allows_tma(dy, weight, dx)
+    tile = shipped_tile("lora_linear_input_backward", dy, width, M, dropout, tma) or config(
         dy.dtype, M, backward=True
     )
     threshold, scale_kept = dropout_scales(dropout_p)
     grid = (triton.cdiv(M, tile["BLOCK_M"]) * triton.cdiv(K, tile["BLOCK_K"]),)
     with torch.cuda.device_of(dy):  # type: ignore[no-untyped-call]
         lora_linear_input_backward[grid](
-            dy,
-            weight,
+            described(dy, tile, "BLOCK_M", "BLOCK_N"),
+            described(weight, tile, "BLOCK_N", "BLOCK_K"),
             ds,
             a,
             seed,
-            dx,
+            described(dx, tile, "BLOCK_M", "BLOCK_K"),
             dy.stride(0),
             *weight.stride(),
             ds.stride(0),

@@ -205,6 +205,35 @@ def test_any_scale_matches_the_float64_oracle(
         assert_near(got, expected, torch.float32)
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+@pytest.mark.parametrize("mask", ["causal", "intervals", "lse"])
+def test_as_many_queries_as_keys_take_any_scale(mask: str, scale: float, impl: str) -> None:
+    """PyTorch's CPU kernel with its own causal mask gives NaN where the scale is not above 0."""
+    assert_scale_is_taken(mask, scale, impl)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="of PyTorch's kernel for the CPU")
+@pytest.mark.parametrize("mask", ["causal", "intervals", "lse"])
+def test_scale_that_float32_rounds_to_zero_hides_nothing_more(mask: str) -> None:
+    assert_scale_is_taken(mask, 1e-46, "auto")
+
+
+def assert_scale_is_taken(mask: str, scale: float, impl: str) -> None:
+    q, k, v = inputs(Case(S=5, T=5, D=16), torch.float32)
+    wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    want, _ = reference(*wide, *[None] * 4, True, scale, None, 0.0)
+    options: dict[str, Any] = {"causal": True}
+    if mask == "intervals":
+        options = {"intervals": Intervals.causal(5, device=DEVICE)}
+    out = attention(q, k, v, scale=scale, return_lse=mask == "lse", impl=impl, **options)
+    out = out[0] if mask == "lse" else out
+    assert_near(out, want, torch.float32)
+    found, wanted = torch.autograd.grad(out.sum(), (q, k, v)), torch.autograd.grad(want.sum(), wide)
+    for got, expected in zip(found, wanted, strict=True):
+        assert_near(got, expected, torch.float32)
+
+
 LONG = [
     Case(B=1, Hq=8, Hkv=2, S=2048, T=2048, D=128, causal=True),
     Case(B=1, Hq=4, Hkv=4, S=2003, T=2003, D=72),

@@ -32,6 +32,9 @@ MASK_ELEMENTS = 2**16
 # or the backward's. KEPT_MASKS of them take 4 MiB in float32.
 KEPT_ELEMENTS = 2**18
 KEPT_MASKS = 4
+# The least scale of PyTorch's own causal mask: it hides keys before it scales, and -inf times 0, or
+# a negative number, is NaN or inf. A smaller one than the least normal float32 may become 0.
+LEAST_SCALE = torch.finfo(torch.float32).tiny
 # Elements of a block of scores where they are written out (a dozen tensors of that size with
 # dropout, whose words are int64), and the fewest rows: below, matmuls are too thin to run at speed.
 SCORE_ELEMENTS = 2**18
@@ -70,11 +73,13 @@ def direct(
         return None
     blocks: tuple[MaskedBlock, ...] = ()
     if lo is None and hi is None:
-        maskless = _maskless(S, T, None, causal)
+        maskless = _maskless(S, T, None, causal, scale >= LEAST_SCALE)
     elif compiling or any(type(x) not in _PLAIN for x in (q, k, v)) or transforming():
         return None  # bounds have no values
     elif _keeps(lo, hi, T):
-        maskless, blocks = _kept(_values(lo), _values(hi), S, T, causal, q.dtype)
+        maskless, blocks = _kept(
+            _values(lo), _values(hi), S, T, causal, q.dtype, scale >= LEAST_SCALE
+        )
     else:
         return None
     mask = None
@@ -284,19 +289,26 @@ def _delta(grad_out: Tensor, out: Tensor, grad_lse: Tensor | None) -> Tensor:
 # PyTorch's kernel
 
 
-def _maskless(S: int, T: int, bounds: tuple[Tensor, Tensor] | None, causal: bool) -> str | None:
-    """``"full"`` or ``"causal"`` where PyTorch's kernel needs no mask; no bounds see every key."""
+def _maskless(
+    S: int, T: int, bounds: tuple[Tensor, Tensor] | None, causal: bool, scaled: bool
+) -> str | None:
+    """``"full"`` or ``"causal"`` where PyTorch's kernel needs no mask; no bounds see every key.
+
+    ``scaled``: the scale is no less than `LEAST_SCALE`.
+    """
     # PyTorch aligns its causal mask at the top left: the same only for S == T.
     if bounds is None:
         # The last query of a causal mask sees every key.
-        return "full" if not causal or S == 1 else "causal" if S == T else None
+        return "full" if not causal or S == 1 else "causal" if S == T and scaled else None
     lower, upper = bounds
     if lower.any():
         return None
     if int(upper.min()) == T:
         return "full"
+    if S != T or not scaled:
+        return None
     diagonal = torch.arange(1, S + 1, dtype=torch.int32)
-    return "causal" if S == T and torch.equal(upper, diagonal.expand_as(upper)) else None
+    return "causal" if torch.equal(upper, diagonal.expand_as(upper)) else None
 
 
 @dataclass(frozen=True)
@@ -341,23 +353,23 @@ def _flash_blocks(
 
 
 def _flash_work(
-    q: Tensor, k: Tensor, lo: Tensor | None, hi: Tensor | None, causal: bool
+    q: Tensor, k: Tensor, lo: Tensor | None, hi: Tensor | None, causal: bool, scale: float
 ) -> tuple[str | None, Iterable[MaskedBlock]]:
     """What PyTorch's kernel does without a mask (see `_maskless`), else None, and the blocks.
 
     The blocks of a small mask are kept by the *values* of its bounds. By their storage they could
     be another mask's: Inductor reuses buffers.
     """
-    S, T = q.shape[2], k.shape[2]
+    S, T, scaled = q.shape[2], k.shape[2], scale >= LEAST_SCALE
     if lo is None and hi is None:
-        maskless = _maskless(S, T, None, causal)
+        maskless = _maskless(S, T, None, causal, scaled)
         return maskless, () if maskless else _flash_blocks(
             *_bounds(S, T, lo, hi, causal), T, q.dtype
         )
     if _keeps(lo, hi, T):
-        return _kept(_values(lo), _values(hi), S, T, causal, q.dtype)
+        return _kept(_values(lo), _values(hi), S, T, causal, q.dtype, scaled)
     bounds = _bounds(S, T, lo, hi, causal)
-    maskless = _maskless(S, T, bounds, causal)
+    maskless = _maskless(S, T, bounds, causal, scaled)
     return maskless, () if maskless else _flash_blocks(*bounds, T, q.dtype)
 
 
@@ -372,12 +384,18 @@ def _values(bound: Tensor | None) -> bytes | None:
 
 @lru_cache(KEPT_MASKS)
 def _kept(
-    lo: bytes | None, hi: bytes | None, S: int, T: int, causal: bool, dtype: torch.dtype
+    lo: bytes | None,
+    hi: bytes | None,
+    S: int,
+    T: int,
+    causal: bool,
+    dtype: torch.dtype,
+    scaled: bool,
 ) -> tuple[str | None, tuple[MaskedBlock, ...]]:
     # Masks are used in backward too, which takes no tensor that was made in inference mode.
     with torch.inference_mode(False):
         bounds = _bounds(S, T, _tensor(lo, S), _tensor(hi, S), causal)
-        maskless = _maskless(S, T, bounds, causal)
+        maskless = _maskless(S, T, bounds, causal, scaled)
         return maskless, () if maskless else tuple(_flash_blocks(*bounds, T, dtype))
 
 
@@ -397,7 +415,7 @@ def _flash_forward(
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    maskless, blocks = _flash_work(q, k, lo, hi, causal)
+    maskless, blocks = _flash_work(q, k, lo, hi, causal, scale)
     if maskless is not None:
         return _forward(q, k, v, 0.0, maskless == "causal", scale=scale)  # type: ignore[no-any-return]
     out = lse = None
@@ -440,7 +458,7 @@ def _flash_backward(
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    maskless, blocks = _flash_work(q, k, lo, hi, causal)
+    maskless, blocks = _flash_work(q, k, lo, hi, causal, scale)
     if maskless is not None:
         return _backward(  # type: ignore[no-any-return]
             grad_out, q, k, v, out, lse, 0.0, maskless == "causal", scale=scale

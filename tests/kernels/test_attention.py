@@ -569,6 +569,18 @@ def test_free_strides_give_the_same_result(impl: str) -> None:
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("impl", ["auto", *IMPLS])
+@pytest.mark.parametrize("options", [{}, {"causal": True}], ids=str)
+def test_output_is_stored_by_sequence_whatever_the_order_of_the_inputs(
+    options: dict[str, Any], impl: str
+) -> None:
+    """So that ``out.transpose(1, 2).view(B, S, Hq * D)`` holds."""
+    x = inputs(Case(S=3, T=3), torch.float32)
+    by_heads = attention(*(each.contiguous() for each in x), impl=impl, **options)
+    assert by_heads.transpose(1, 2).is_contiguous()
+    torch.testing.assert_close(by_heads, attention(*x, impl=impl, **options))
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize(("S", "T"), [(0, 4), (3, 0)])
 def test_empty_sequences_give_empty_or_zero_outputs(impl: str, S: int, T: int) -> None:

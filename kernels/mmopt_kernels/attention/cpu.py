@@ -93,6 +93,9 @@ def direct(
     out, _ = _forward(q, k, v, 0.0, maskless == "causal", attn_mask=mask, scale=scale)
     if not compiling and out.grad_fn is not None:
         out.grad_fn.register_hook(_differentiable_once)
+    # The kernel leaves it in the order of q. Asked of symbolic sizes it would be one more guard.
+    if compiling or not out.transpose(1, 2).is_contiguous():
+        out = out.transpose(1, 2).contiguous().transpose(1, 2)
     return out  # type: ignore[no-any-return]
 
 

@@ -10,6 +10,7 @@ import ast
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -59,7 +60,11 @@ def attach_attention(model: nn.Module, base: Any) -> tuple[list[Row], Callable[[
     _register()
     names = {module: name for name, module in model.named_modules()}
     towers = list(_towers(base))
-    reasons = {tower: _why_not(tower) for tower in towers if _layers(tower)}
+    reasons = {
+        tower: _why_not(tower) or _mask_of_its_own(tower, towers)
+        for tower in towers
+        if _layers(tower)
+    }
     target = {}
     for tower in towers:
         # A composite (CLIPModel) has no attention of its own, but some make the masks for the
@@ -186,6 +191,63 @@ def _why_not(tower: Any) -> str | None:
     if getattr(config, "output_attentions", False):
         return "config.output_attentions asks for attention weights, which are never formed"
     return None
+
+
+def _mask_of_its_own(tower: Any, towers: list[Any]) -> str | None:
+    """What makes a mask that the op does not take, in the tower or in one that it is inside.
+
+    A bias of positions is a module, there only where the config asks for one (BEiT, Phi-4's
+    audio). Pixtral, Mllama and Kosmos-2 make masks that are added to the scores, in functions of
+    their own. Siglip2's pooling head makes one by the config of its tower, for torch's attention.
+    """
+    for module in _modules(tower):
+        name = type(module).__name__
+        if name.endswith("Bias"):
+            return f"{name} makes a bias of positions, which is added to the scores"
+        tree = _source(type(module))
+        inside = any(type(child) is nn.MultiheadAttention for child in module.children())
+        if inside and tree is not None and "create_bidirectional_mask(" in ast.unparse(tree):
+            return f"{name} makes a mask for torch's nn.MultiheadAttention by the same config"
+    for outer in towers:
+        if tower not in outer.modules():
+            continue
+        for kind in dict.fromkeys([type(outer), *map(type, _modules(outer))]):
+            for function in _masks_called(kind, kind.forward):  # type: ignore[attr-defined]
+                if _adds_to_scores(kind, function):
+                    return f"{kind.__name__} adds a mask of its own, {function.__name__}, to scores"
+    return None
+
+
+def _masks_called(kind: type, caller: Any) -> list[Any]:
+    """The functions of the module of `kind`, its methods too, that `caller` calls for a mask."""
+    found = parsed(caller) if kind.__module__.startswith("transformers.models.") else None
+    functions = []
+    for node in ast.walk(found[0]) if found is not None else ():
+        if not isinstance(node, ast.Call):
+            continue
+        called: Any = None
+        if isinstance(node.func, ast.Name):
+            called = vars(sys.modules[kind.__module__]).get(node.func.id)
+        elif isinstance(node.func, ast.Attribute) and ast.unparse(node.func.value) == "self":
+            called = getattr(kind, node.func.attr, None)
+        if (
+            isinstance(called, FunctionType)
+            and called.__module__ == kind.__module__
+            and "mask" in called.__name__
+        ):
+            functions.append(called)
+    return functions
+
+
+def _adds_to_scores(kind: type, function: Any, above: tuple[Any, ...] = ()) -> bool:
+    """Whether a function, or one that it calls for a mask, hides with the dtype's least number."""
+    found = parsed(function)
+    if found is None or function in above:
+        return False
+    return "torch.finfo(" in ast.unparse(found[0]) or any(
+        _adds_to_scores(kind, called, (*above, function))
+        for called in _masks_called(kind, function)
+    )
 
 
 def _takes_masks_from_transformers(tower: Any) -> bool:

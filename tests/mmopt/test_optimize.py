@@ -13,6 +13,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import (
+    BeitConfig,
+    BeitModel,
     BertConfig,
     BertForSequenceClassification,
     BloomConfig,
@@ -31,8 +33,14 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MllamaConfig,
+    MllamaForConditionalGeneration,
+    PixtralVisionConfig,
+    PixtralVisionModel,
     PreTrainedConfig,
     PreTrainedModel,
+    Siglip2VisionConfig,
+    Siglip2VisionModel,
     SwinConfig,
     SwinForImageClassification,
     T5Config,
@@ -87,6 +95,23 @@ def clip(**text):
             projection_dim=16,
         )
     )
+
+
+SEEING = {
+    **{key: value for key, value in SMALL.items() if key != "vocab_size"},
+    "image_size": 16,
+    "patch_size": 8,
+}
+
+
+def mllama():
+    vision = {
+        "hidden_size": 32, "num_hidden_layers": 1, "num_global_layers": 1, "attention_heads": 4,
+        "intermediate_size": 48, "vision_output_dim": 64, "image_size": 16, "patch_size": 8,
+        "max_num_tiles": 1, "intermediate_layers_indices": [0], "supported_aspect_ratios": [[1, 1]],
+    }  # fmt: skip
+    text = {**SMALL, "num_key_value_heads": 2, "cross_attention_layers": [1], "pad_token_id": 0}
+    return MllamaForConditionalGeneration(MllamaConfig(text_config=text, vision_config=vision))
 
 
 def text(padding=None, labels=None):
@@ -393,6 +418,18 @@ class NoDispatchModel(PreTrainedModel):
             "SwinAttention computes the mask that it passes to its attention function, combined",
         ),
         (
+            lambda: BeitModel(BeitConfig(**SEEING, use_relative_position_bias=True)),
+            "BeitRelativePositionBias makes a bias of positions",
+        ),
+        (
+            lambda: PixtralVisionModel(PixtralVisionConfig(**SEEING)),
+            "PixtralVisionModel adds a mask of its own, generate_block_attention_mask, to scores",
+        ),
+        (
+            mllama,
+            "MllamaModel adds a mask of its own, _prepare_cross_attention_mask, to scores",
+        ),
+        (
             lambda: LayoutLMModel(LayoutLMConfig(**SMALL)),
             "does not support other attention backends",
         ),
@@ -408,6 +445,9 @@ class NoDispatchModel(PreTrainedModel):
         "deepseek-v32-sparse",
         "doge",
         "swin",
+        "beit-position-bias",
+        "pixtral-own-masks",
+        "mllama-own-masks",
         "layoutlm-own-masks",
         "weights",
     ],
@@ -421,6 +461,23 @@ def test_attention_that_the_op_cannot_serve_is_left_alone(factory, reason):
     assert report.rows
     assert all(reason in row.reason for row in report.rows)
     assert model.config._attn_implementation == before
+
+
+def test_a_tower_whose_head_takes_a_mask_for_torch_s_attention_is_left_alone():
+    """Siglip2's would be given bounds; BEiT without a bias of positions is attached."""
+    torch.manual_seed(0)
+    sizes = {key: value for key, value in SEEING.items() if key != "image_size"}
+    model = Siglip2VisionModel(Siglip2VisionConfig(**sizes, num_patches=16)).eval()
+    batch = {
+        "pixel_values": torch.randn(2, 16, 3 * 8 * 8),
+        "pixel_attention_mask": torch.tensor([[1] * 16, [1] * 6 + [0] * 10]),
+        "spatial_shapes": torch.tensor([[4, 4], [2, 3]]),
+    }
+    expected = model(**batch).pooler_output
+    report = mmopt.optimize(model)
+    assert "makes a mask for torch's nn.MultiheadAttention" in report.rows[0].reason
+    assert torch.equal(model(**batch).pooler_output, expected)
+    assert mmopt.optimize(BeitModel(BeitConfig(**SEEING))).attached
 
 
 def two_adapters(**changes):

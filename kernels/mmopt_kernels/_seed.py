@@ -27,6 +27,11 @@ def check_dropout(
                 f"torch.int64 of one element on {x.device} like {like}. Pass an int, or such a "
                 "tensor."
             )
+    elif not isinstance(seed, int | torch.SymInt):
+        raise KernelInputError(
+            f"{op}: seed is {seed!r} of type {type(seed).__name__}, expected an int, or a tensor "
+            "of one int64. A part of a number would be lost: pass int(seed)."
+        )
     elif not -(2**63) <= seed < 2**63:
         raise KernelInputError(
             f"{op}: seed is {seed}, expected 64 bits: -2**63 or more and below 2**63. "

@@ -581,6 +581,11 @@ def test_output_is_stored_by_sequence_whatever_the_order_of_the_inputs(
     torch.testing.assert_close(by_heads, attention(*x, impl=impl, **options))
 
 
+def test_heads_of_no_dimension_give_an_empty_output() -> None:
+    x = torch.zeros(2, 2, 3, 0, device=DEVICE)
+    assert attention(x, x, x).shape == x.shape
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize(("S", "T"), [(0, 4), (3, 0)])
 def test_empty_sequences_give_empty_or_zero_outputs(impl: str, S: int, T: int) -> None:
@@ -807,6 +812,9 @@ def test_other_unusable_arguments_are_named() -> None:
         attention(q.long(), q, q)
     with pytest.raises(KernelInputError, match=r"intervals have shape \(1, 4\), expected \[2 or"):
         attention(q, q, q, intervals=Intervals.causal(4))
+    for x, name in itertools.product((None, [0.0], q.numpy()), "qkv"):
+        with pytest.raises(KernelInputError, match=rf"{name} is of type \w+, expected a tensor"):
+            attention(**{**dict.fromkeys("qkv", q), name: x})
     with pytest.raises(KernelInputError, match="impl is 'fast', expected one of auto, reference"):
         attention(q, q, q, impl="fast")
     with pytest.raises(KernelInputError, match=r"lo has dtype torch.int64, expected torch.int32"):
@@ -833,6 +841,10 @@ def test_other_unusable_arguments_are_named() -> None:
             {"dropout_p": 0.1, "seed": torch.zeros(2, dtype=torch.int64)},
             r"seed is torch.int64 \(2,\) on cpu, expected torch.int64 of one element",
         ),
+        ({"dropout_p": 0.1, "seed": 1.5}, "seed is 1.5 of type float, expected an int"),
+        ({"sinks": [0.0, 0.0]}, "sinks is of type list, expected a tensor"),
+        ({"intervals": torch.ones(2, 5, 5).bool()}, "intervals is of type Tensor, expected Inter"),
+        ({"causal": Intervals.causal(5)}, "causal is of type Intervals, expected a bool"),
         (
             {"dropout_p": 0.1, "seed": torch.zeros(1)},
             "seed is torch.float32 .* expected torch.int64",

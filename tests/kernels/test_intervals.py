@@ -445,6 +445,47 @@ BAD: dict[str, tuple[Callable[[], object], str]] = {
         lambda: Intervals.causal(-1),
         r"Intervals.causal: S is -1, expected an integer from 0 to 2\*\*31 - 1. Count S in tokens",
     ),
+    "negative-B": (
+        lambda: Intervals.from_mask_function(lambda *_: True, 2, B=-1),
+        "Intervals.from_mask_function: B is -1, expected .*. Count B in sequences",
+    ),
+    "mask-function-without-return": (
+        lambda: Intervals.from_mask_function(lambda *_: None, 2),
+        "Intervals.from_mask_function: mask_function returned NoneType, expected a bool",
+    ),
+    "list-of-bounds": (lambda: Intervals([[0]], [[1]]), "Intervals: lo is of type list, expected"),
+    "list-of-padding": (
+        lambda: Intervals.key_padding([[1, 0]]),
+        "Intervals.key_padding: keep is of type list, expected a tensor. Pass torch.as_tensor",
+    ),
+    "list-of-left-padding": (
+        lambda: Intervals.chunked(2, 4, left_padding=[1]),
+        "Intervals.chunked: left_padding is of type list, expected a tensor",
+    ),
+    "number-as-prefix": (
+        lambda: Intervals.prefix(2, 4), "Intervals.prefix: lengths is of type int, expected a ten"
+    ),
+    "list-of-edges": (
+        lambda: Intervals.packed([0, 4], 4), "Intervals.packed: cu_seqlens is of type list, expec"
+    ),
+    "list-of-blocks": (
+        lambda: Intervals.bidirectional_blocks([[0, 0]]),
+        "Intervals.bidirectional_blocks: block_ids is of type list, expected a tensor",
+    ),
+    "unsigned-blocks": (
+        lambda: Intervals.bidirectional_blocks(torch.zeros(1, 2, dtype=torch.uint16)),
+        "Intervals.bidirectional_blocks: block_ids is torch.uint16 .* expected signed integers",
+    ),
+    "tensor-as-base": (
+        lambda: Intervals.bidirectional_blocks(torch.zeros(1, 2).int(), base=torch.ones(2, 2)),
+        "Intervals.bidirectional_blocks: the second is of type Tensor, expected Intervals",
+    ),
+    "list-as-mask": (
+        lambda: Intervals.from_dense([[[1]]]), "Intervals.from_dense: mask is of type list, expec"
+    ),
+    "number-in-union": (
+        lambda: Intervals.causal(2).union(1), "Intervals.union: the second is of type int, expect"
+    ),
     "negative-T": (lambda: Intervals.causal(3, -2), "Intervals.causal: T is -2, expected"),
     "float-window": (
         lambda: Intervals.sliding_window(1.5, 0, 4),

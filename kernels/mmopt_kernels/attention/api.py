@@ -117,8 +117,8 @@ def attention(
         (with sinks: the sink) and zero gradients to q, k and v.
 
     Raises:
-        KernelInputError: a shape, dtype, device or option does not match, or ``impl`` cannot run
-            here.
+        KernelInputError: a type, shape, dtype, device or option does not match, or ``impl`` cannot
+            run here.
         NotImplementedError: a transform of `torch.func` would differentiate more than one call of
             PyTorch's CPU kernel without intervals.
 
@@ -126,6 +126,7 @@ def attention(
     2024, arXiv:2408.00118 (softcap); Xiao et al. 2023, arXiv:2309.17453 (sinks); Salmon et al.
     2011, doi:10.1145/2063384.2063405 (Philox, the dropout's generator).
     """
+    _check_types(q, k, v, intervals, causal, sinks)
     dtype = autocast_dtype(q)
     if dtype is not None:
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
@@ -133,7 +134,8 @@ def attention(
     _check(q, k, v, intervals, impl)
     _check_options(q, softcap, sinks, dropout_p, seed, deterministic)
     lo, hi = (None, None) if intervals is None else (intervals.lo, intervals.hi)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    # A head of no dimension has no scores to scale.
+    scale = max(q.shape[-1], 1) ** -0.5 if scale is None else float(scale)
     plain = softcap is None and sinks is None and dropout_p == 0
     if plain and impl == "auto" and not return_lse and cpu.supported(q, k):
         out = cpu.direct(q, k, v, lo, hi, causal, scale)
@@ -156,6 +158,33 @@ def attention(
         impl,
     )
     return (out, lse) if return_lse else out
+
+
+def _check_types(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    intervals: Intervals | None,
+    causal: bool,
+    sinks: Tensor | None,
+) -> None:
+    """What would otherwise fail without its name, or be taken for something else."""
+    for name, x in (("q", q), ("k", k), ("v", v), ("sinks", sinks)):
+        if not isinstance(x, Tensor) and not (name == "sinks" and x is None):
+            raise KernelInputError(
+                f"attention: {name} is of type {type(x).__name__}, expected a tensor. "
+                f"Pass torch.as_tensor({name})."
+            )
+    if intervals is not None and not isinstance(intervals, Intervals):
+        raise KernelInputError(
+            f"attention: intervals is of type {type(intervals).__name__}, expected Intervals. "
+            "Make them of a mask with Intervals.from_dense, of bounds with Intervals(lo, hi)."
+        )
+    if not isinstance(causal, bool | torch.SymBool):
+        raise KernelInputError(
+            f"attention: causal is of type {type(causal).__name__}, expected a bool. "
+            "Pass a mask as intervals."
+        )
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, intervals: Intervals | None, impl: str) -> None:

@@ -16,7 +16,8 @@ from mmopt_kernels.errors import KernelInputError
 # some 40 MB, however long the sequence.
 BLOCK_ELEMENTS = 2**22
 
-_INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
+SIGNED = (torch.int8, torch.int16, torch.int32, torch.int64)
+_INTEGERS = (*SIGNED, torch.uint8)
 _INT32_MAX = 2**31 - 1
 
 
@@ -37,12 +38,22 @@ def require_size(where: str, name: str, value: int, least: int = 0) -> None:
     if not isinstance(value, int | torch.SymInt) or value < least or value > _INT32_MAX:
         raise KernelInputError(
             f"{where}: {name} is {value!r}, expected an integer from {least} to 2**31 - 1. "
-            f"Count {name} in tokens."
+            f"Count {name} in {'sequences' if name == 'B' else 'tokens'}."
+        )
+
+
+def require_tensor(where: str, name: str, value: object) -> None:
+    """Refuse lists, arrays and numbers, in which no method of a tensor would be found."""
+    if not isinstance(value, Tensor):
+        raise KernelInputError(
+            f"{where}: {name} is of type {type(value).__name__}, expected a tensor. "
+            f"Pass torch.as_tensor({name})."
         )
 
 
 def require_lengths(where: str, name: str, lengths: Tensor, T: int, check: bool) -> Tensor:
     """``[B, 1]`` int64 from ``[B]`` integers; with ``check``, each proven to be in ``[0, T]``."""
+    require_tensor(where, name, lengths)
     if lengths.dim() != 1 or lengths.dtype not in _INTEGERS:
         raise KernelInputError(
             f"{where}: {name} is {lengths.dtype} {tuple(lengths.shape)}, expected integers [B]. "
@@ -61,6 +72,7 @@ def require_lengths(where: str, name: str, lengths: Tensor, T: int, check: bool)
 
 def require_cu_seqlens(where: str, cu_seqlens: Tensor, S: int, check: bool) -> None:
     """Refuse what is not int32 ``[n + 1]``; with ``check``, not sorted from 0 to ``S``."""
+    require_tensor(where, "cu_seqlens", cu_seqlens)
     if cu_seqlens.dim() != 1 or cu_seqlens.dtype != torch.int32 or cu_seqlens.shape[0] == 0:
         raise KernelInputError(
             f"{where}: cu_seqlens is {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}, expected "
@@ -137,7 +149,13 @@ def mask_function_rows(
     """Bool ``[B, s, T]`` from a Hugging Face mask function, by broadcasting its four indices."""
     batch, head, query, key = index
     B, s, T = batch.shape[0], query.shape[2], key.shape[3]
-    seen = torch.as_tensor(mask_function(batch, head, query, key), device=key.device)
+    returned = mask_function(batch, head, query, key)
+    if not isinstance(returned, Tensor | bool):
+        raise KernelInputError(
+            f"{where}: mask_function returned {type(returned).__name__}, expected a bool for each "
+            "query and key. Return what it computes."
+        )
+    seen = torch.as_tensor(returned, device=key.device)
     shape = (1,) * (4 - seen.dim()) + tuple(seen.shape)
     fits = len(shape) == 4 and all(
         n in (1, most) for n, most in zip(shape, (B, 1, s, T), strict=True)

@@ -43,6 +43,7 @@ class Intervals:
 
     def __post_init__(self) -> None:
         for name, bound in (("lo", self.lo), ("hi", self.hi)):
+            bounds.require_tensor("Intervals", name, bound)
             if bound.dtype != torch.int32:
                 raise KernelInputError(
                     f"Intervals: {name} has dtype {bound.dtype}, expected torch.int32. "
@@ -143,6 +144,8 @@ class Intervals:
         where = "Intervals.chunked"
         bounds.require_size(where, "size", size, least=1)
         T = _sizes(where, S, T)
+        if left_padding is not None:
+            bounds.require_tensor(where, "left_padding", left_padding)
         p = bounds.positions(S, T, device if left_padding is None else left_padding.device)
         start = torch.zeros_like(p[:1])
         if left_padding is not None:
@@ -180,6 +183,7 @@ class Intervals:
                 f"{where}: side is {side!r}, expected 'right' or 'left'. "
                 "Name the side on which the tokenizer pads."
             )
+        bounds.require_tensor(where, "keep", keep)
         masked = keep.dim() == 2
         counted = keep.dim() == 1 and keep.dtype != torch.bool
         if keep.is_floating_point() or not (masked or counted):
@@ -291,11 +295,8 @@ class Intervals:
                 runs, ``base`` has another shape or device, or a row has a hole.
         """
         where = "Intervals.bidirectional_blocks"
-        if (
-            block_ids.dim() != 2
-            or block_ids.is_floating_point()
-            or block_ids.dtype in (torch.bool, torch.uint8)
-        ):
+        bounds.require_tensor(where, "block_ids", block_ids)
+        if block_ids.dim() != 2 or block_ids.dtype not in bounds.SIGNED:
             raise KernelInputError(
                 f"{where}: block_ids is {block_ids.dtype} {tuple(block_ids.shape)}, expected "
                 "signed integers [B, T]. Number the blocks from 0 and give text -1."
@@ -328,6 +329,7 @@ class Intervals:
             KernelInputError: ``mask`` is not three-dimensional or is floating point, or a row has
                 a hole; names the first such row.
         """
+        bounds.require_tensor("Intervals.from_dense", "mask", mask)
         if mask.dim() != 3 or mask.is_floating_point():
             raise KernelInputError(
                 f"Intervals.from_dense: mask is {mask.dtype} {tuple(mask.shape)}, expected bool "
@@ -427,6 +429,11 @@ class Intervals:
         return self._united(other, "Intervals.union", check)
 
     def _united(self, other: Intervals, where: str, check: bool) -> Intervals:
+        if not isinstance(other, Intervals):
+            raise KernelInputError(
+                f"{where}: the second is of type {type(other).__name__}, expected Intervals. "
+                "Make them of a mask with Intervals.from_dense."
+            )
         self._require_same_queries(other, where)
         mine, theirs = (self.lo, self.hi), (other.lo, other.hi)
         return Intervals(*bounds.unite(where, mine, theirs, check=check))

@@ -446,6 +446,7 @@ def test_emitted_kernels_appear_whole(compiled: list[Any], tmp_path: Path) -> No
     (["--emit", "{tmp}/full"], "a folder that is not empty"),
     (["--emit", "{tmp}/full/file/out"], "lies below the file"),
     (["--emit", "/proc/none/out"], "cannot be written"),
+    (["--update", "/proc/kernels.json"], "cannot be written"),
     (["--update", "{tmp}/full"], "expected a file in a folder that exists"),
 ])  # fmt: skip
 def test_bad_input_is_one_message_and_exit_code_2(

@@ -228,12 +228,13 @@ def record_kernels(
     and hold no better for being recorded.
 
     Raises:
-        InputError: as `inspect_kernels`; the file's folder does not exist; or other targets were
-            recorded with another Triton.
-        MmoptError: as `inspect_kernels`, or the file cannot be written.
+        InputError: as `inspect_kernels`; the file's folder does not exist or cannot be written; or
+            other targets were recorded with another Triton.
+        MmoptError: as `inspect_kernels`, or the file could not be written in the end.
     """
     if baseline.is_dir() or not baseline.parent.is_dir():
         raise InputError(f"{baseline}: expected a file in a folder that exists. Create it first.")
+    _require_scratch(baseline.parent, baseline, "file")
     chosen = {target_named(name).name for name in targets} or set(TARGETS)
     others: dict[str, Any] = {}
     before: Baseline | None = None
@@ -266,12 +267,17 @@ def _require_writable(folder: Path) -> None:
     """Refuse before minutes of compiling what would fail at their end."""
     require_new_folder(folder)
     existing = next(one for one in folder.absolute().parents if one.exists())
+    _require_scratch(existing, folder, "folder")
+
+
+def _require_scratch(place: Path, output: Path, kind: str) -> None:
+    """Refuse an output, a ``kind``, where nothing can be made in the folder ``place``."""
     try:
-        with tempfile.TemporaryDirectory(dir=existing, prefix=f".{folder.name}."):
+        with tempfile.TemporaryDirectory(dir=place, prefix=f".{output.name}."):
             pass
     except OSError as error:
         raise InputError(
-            f"{folder} cannot be written ({error.strerror}), expected a folder that can be. "
+            f"{output} cannot be written ({error.strerror}), expected a {kind} that can be. "
             "Choose another one."
         ) from error
 

@@ -278,12 +278,19 @@ def test_auto_hands_over_plain_calls_only(monkeypatch: pytest.MonkeyPatch) -> No
         q, k, v = (fake(2, 2048, 8, 128).transpose(1, 2) for _ in range(3))
         bound, number = fake(1, 2048, dtype=torch.int32), fake(8, dtype=FP32)
 
-        def chosen(step: str, *others: Any, causal: bool = True, impl: str = "auto") -> str | None:
-            return ops._sdpa(step, impl, q, k, v, others, causal, False)
+        def chosen(
+            step: str, *others: Any, causal: bool = True, scale: float = 0.1, impl: str = "auto"
+        ) -> str | None:
+            return ops._sdpa(step, impl, q, k, v, others, causal, scale, False)
 
         assert chosen("forward", None, None, None, None, None) == "cudnn"
         assert chosen("backward", None, None, None, None, None, None) == "cudnn"
         assert chosen("forward", causal=False) == "cudnn"
+        # Keys hidden before they are scaled are not hidden by a scale that is not above 0.
+        for scale in (-0.1, 0.0, 1e-40):
+            assert chosen("forward", scale=scale) is None
+            assert chosen("backward", scale=scale) is None
+            assert chosen("forward", causal=False, scale=scale) == "cudnn"
         for others in itertools.permutations((bound, number, None, None), 2):
             assert (chosen("forward", *others) is None) == (others != (None, None))
         assert chosen("forward", 5.0) is None
@@ -297,17 +304,19 @@ def test_explicit_sdpa_takes_the_first_that_can_and_refuses_by_name() -> None:
     with fake_gpu("sm_80"):
         for D, dtype, want in ((64, BF16, "cudnn"), (256, FP16, "flash"), (64, FP32, "efficient")):
             q = fake(1, 4, 30, D, dtype=dtype)
-            assert ops._sdpa("forward", "sdpa", q, q, q, (), True, False) == want
+            assert ops._sdpa("forward", "sdpa", q, q, q, (), True, 0.1, False) == want
         q, k = fake(1, 4, 30, 64, dtype=FP32), fake(1, 2, 30, 64, dtype=FP32)
         with pytest.raises(
             KernelInputError,
             match=r"impl is 'sdpa', .* \(cudnn: q is torch.float32; flash: q is torch.float32; "
             r"efficient: 2 key heads are not 4\)",
         ):
-            ops._sdpa("forward", "sdpa", q, k, k, (), True, False)
+            ops._sdpa("forward", "sdpa", q, k, k, (), True, 0.1, False)
+        with pytest.raises(KernelInputError, match=r"scale is -0.1 and causal is True, expected"):
+            ops._sdpa("forward", "sdpa", q, q, q, (), True, -0.1, False)
         for others, deterministic in (((3.0,), False), ((), True)):
             with pytest.raises(KernelInputError, match="expected a call without intervals, sinks"):
-                ops._sdpa("backward", "sdpa", q, q, q, others, True, deterministic)
+                ops._sdpa("backward", "sdpa", q, q, q, others, True, 0.1, deterministic)
 
 
 def test_explicit_sdpa_needs_a_gpu() -> None:

@@ -72,6 +72,7 @@ def _sdpa(
     v: Tensor,
     others: tuple[Tensor | float | None, ...],
     causal: bool,
+    scale: float,
     deterministic: bool,
 ) -> str | None:
     """Which of PyTorch's CUDA kernels to run, None for an implementation of this package.
@@ -80,7 +81,9 @@ def _sdpa(
     backward, the gradient of lse.
     """
     plain = all(x is None for x in others)
-    if impl == "auto" and q.device.type == "cuda" and plain:
+    # Those kernels hide keys before they scale as well, or may: none says that it does not.
+    scaled = not causal or q.shape[2] == 1 or scale >= cpu.LEAST_SCALE
+    if impl == "auto" and q.device.type == "cuda" and plain and scaled:
         return dispatch.fastest(step, q, k, v, causal, deterministic)
     if impl != "sdpa":
         return None
@@ -94,6 +97,12 @@ def _sdpa(
             "attention: impl is 'sdpa', expected a call without intervals, sinks, softcap, "
             "dropout, deterministic or a gradient of lse, which PyTorch's kernels do not have. "
             "Leave impl out."
+        )
+    if not scaled:
+        raise KernelInputError(
+            f"attention: impl is 'sdpa', scale is {scale} and causal is True, expected a scale of "
+            f"{cpu.LEAST_SCALE:.3g} or more, because PyTorch's kernels hide keys before they "
+            "scale. Leave impl out."
         )
     name, reasons = dispatch.first_able(q, k, v, causal)
     if name is None:
@@ -155,7 +164,7 @@ def _attention(
 ) -> tuple[Tensor, Tensor]:
     q, k, v = cpu.unit_last_stride(q), cpu.unit_last_stride(k), cpu.unit_last_stride(v)
     others = (lo, hi, sinks, seed, softcap)
-    backend = _sdpa("forward", impl, q, k, v, others, causal, deterministic)
+    backend = _sdpa("forward", impl, q, k, v, others, causal, scale, deterministic)
     if backend is not None:
         out, lse = dispatch.forward(backend, q, k, v, causal, scale)
         return _heads_last(out), lse.contiguous()
@@ -222,7 +231,7 @@ def _attention_backward(
     q, k, v = cpu.unit_last_stride(q), cpu.unit_last_stride(k), cpu.unit_last_stride(v)
     grad_out, out = cpu.unit_last_stride(grad_out), cpu.unit_last_stride(out)
     others = (lo, hi, sinks, seed, softcap, grad_lse)
-    backend = _sdpa("backward", impl, q, k, v, others, causal, deterministic)
+    backend = _sdpa("backward", impl, q, k, v, others, causal, scale, deterministic)
     if backend is not None:
         # Out comes from the forward as is; cuDNN wants its gradient laid out like it.
         dq, dk, dv = dispatch.backward(

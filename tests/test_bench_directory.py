@@ -256,6 +256,35 @@ def test_what_is_tuned_launches_its_kernel_and_is_tried_with_every_candidate(
     assert all(entry["config"] is None for entry in table["entries"])
 
 
+def test_tuning_says_what_won_and_where_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tuner, gpu = importlib.import_module("gpu_tune"), module(BENCH / "gpu.py")
+    launches = [one for one in tuner.launches() if one.name == "1024x128256"]
+    inner, tuned = tuner.tune, []
+
+    def tune(launch: Any, folder: Path) -> Any:
+        tuned.append(launch.name)
+        slow = iter((2.0, 1.0, *[3.0] * 99))
+
+        def clock(call: Any) -> float:
+            call()
+            return next(slow)
+
+        return inner(small(launch), folder, "cpu", clock, "a clock")
+
+    monkeypatch.setattr(
+        tuner, "launches", lambda: [*launches, tuner.lora("lora_linear_add", 8, 8, 8, 2)]
+    )
+    monkeypatch.setattr(tuner, "tune", tune)
+    gpu.tune("cross 1024", tmp_path / "tables")
+    assert tuned == ["1024x128256"]
+    said = capsys.readouterr().out
+    assert "cross_entropy 1024x128256: now 2.0 ms, best 1.0 ms: {'BLOCK_V'" in said
+    assert f"written to {tmp_path / 'tables'}" in said
+    assert (tmp_path / "tables" / "interpreter.json").exists()
+
+
 def test_every_candidate_of_a_launch_is_compiled_beforehand(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -197,6 +197,16 @@ def test_nan_around_the_inputs_neither_leaks_in_nor_is_touched(impl: str, featur
         assert torch.equal(now.isnan(), then.isnan())
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_strided_or_expanded_bias_is_read_right(impl: str) -> None:
+    """Such as every other value of a fused layer's bias, or one value for all features."""
+    x, weight, a, b, _ = (t.detach() for t in tensors(Case(lead=(5,), K=40, N=70)))
+    for bias in (torch.randn(140, device=DEVICE)[::2], torch.randn(1, device=DEVICE).expand(70)):
+        y = lora_linear(x, weight, a, b, bias=bias, scale=0.5, impl=impl)
+        want = linear(x, weight + 0.5 * b @ a, bias)
+        torch.testing.assert_close(y, want, atol=1e-4, rtol=1e-5)
+
+
 # What torch.library promises.
 
 

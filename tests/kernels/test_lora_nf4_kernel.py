@@ -142,6 +142,15 @@ def test_nan_around_the_inputs_neither_leaks_in_nor_is_touched(nested: bool, K: 
         assert torch.equal(now.nan_to_num(-7), then.nan_to_num(-7))
 
 
+def test_a_strided_or_expanded_bias_is_read_right() -> None:
+    case = Case(7, 37, 64)
+    weight = moved(random_nf4(37, 64))
+    x, s, b, _ = inputs(case, torch.float32, torch.float32)
+    for bias in (torch.randn(74, device=DEVICE)[::2], torch.randn(1, device=DEVICE).expand(37)):
+        want = up_nf4(x, weight, s, b, bias.contiguous(), SCALE)
+        assert torch.equal(up_nf4(x, weight, s, b, bias, SCALE), want)
+
+
 def test_a_split_sum_is_the_same_each_time() -> None:
     case = Case(2, 33, 2048)
     weight = moved(random_nf4(33, 2048, nested=True))

@@ -447,6 +447,8 @@ def up(
 ) -> Tensor:
     """y = x weightᵀ + bias + scale s bᵀ, ``[M, N]``; weight may be stored in any order."""
     x, s, b = unit_rows(x), unit_rows(s), unit_rows(b)
+    # The kernel walks it by one element. A part of a fused layer's may be strided, or expanded.
+    bias = None if bias is None else bias.contiguous()
     (M, K), N, R = x.shape, weight.shape[0], b.shape[1]
     y = x.new_empty(M, N)
     if y.numel() == 0:

@@ -272,6 +272,7 @@ def up_nf4(
         bias: ``[N]`` or None.
     """
     x, s, b = unit_rows(x), unit_rows(s), unit_rows(b)
+    bias = None if bias is None else bias.contiguous()
     (M, K), N, R = x.shape, weight.shape[0], b.shape[1]
     assert M <= MOST_ROWS, "the launcher's caller dequantizes for more rows"
     y = x.new_empty(M, N)

@@ -11,7 +11,7 @@ from covering import covering
 from lora_oracle import BF16, DEVICE, FP16, FP32, SEED, Case, call, check
 from torch import Tensor
 
-from mmopt_kernels import Projection, lora_linear, lora_linear_group
+from mmopt_kernels import KernelInputError, Projection, lora_linear, lora_linear_group
 from mmopt_kernels.dropout.reference import keep_mask
 
 IMPLS = ["triton", "addmm", "reference"]
@@ -42,6 +42,31 @@ def test_features_agree_with_the_float64_oracle(row: dict[str, Any], impl: str) 
 def test_an_index_for_each_sequence_reaches_all_its_rows(lead: tuple[int, ...], impl: str) -> None:
     for form in ("single", "group", "dora"):
         check(call(Case(lead=lead, adapters=2, per_sequence=True, form=form)), impl)
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.int8, torch.uint8, torch.int16, torch.uint16, torch.uint32, torch.uint64],
+    ids=str,
+)
+def test_an_index_of_any_integer_dtype_is_taken(dtype: torch.dtype) -> None:
+    """Also of more adapters than the dtype has values, and its largest value is not -1."""
+    x, weight = torch.randn(4, 8), torch.randn(5, 8)
+    a, b = torch.randn(300, 1, 8), torch.randn(300, 5, 1)
+
+    def run(index: Tensor, adapters: int = 300) -> Tensor:
+        return lora_linear(
+            x, weight, a[:adapters], b[:adapters], scale=1.0, adapter_index=index, impl="addmm"
+        )
+
+    index = torch.tensor([0, 2, 127, 1])
+    assert torch.equal(run(index.to(dtype)), run(index))
+    largest = torch.iinfo(dtype).max
+    if largest > 300:
+        with pytest.raises(KernelInputError, match="out of range at row 3, expected -1 to 299"):
+            run(torch.tensor([0, 2, 127, largest], dtype=dtype))
+    with pytest.raises(KernelInputError, match="out of range at row 2, expected -1 to 99"):
+        run(index.to(dtype), adapters=100)
 
 
 @pytest.mark.parametrize("impl", IMPLS)

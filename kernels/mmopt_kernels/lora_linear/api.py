@@ -333,7 +333,7 @@ def _side_by_side(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 def _index(op: str, index: Tensor, x: Tensor, adapters: int) -> Tensor:
     """The adapter of each row of x seen as ``[M, K]``, int32 ``[M]``; the op checks its values."""
     lead = x.shape[:-1]
-    if index.dtype.is_floating_point or index.dtype in (torch.bool, torch.complex64):
+    if index.dtype.is_floating_point or index.dtype.is_complex or index.dtype == torch.bool:
         raise KernelInputError(
             f"{op}: adapter_index has dtype {index.dtype}, expected an integer dtype. "
             "Give each row the number of its adapter, or -1 for none."
@@ -350,8 +350,12 @@ def _index(op: str, index: Tensor, x: Tensor, adapters: int) -> Tensor:
             f"first dimensions of it, because x has shape {tuple(x.shape)}. Give each row, or each "
             "sequence, one adapter."
         )
+    # As int64 first: an unsigned or a narrow integer cannot hold both limits.
+    wide = index.to(torch.int64)
+    if index.dtype == torch.uint64:
+        wide = wide.masked_fill(wide < 0, adapters)
     # What int32 cannot hold stays out of range.
-    index = index.clamp(-2, adapters).to(torch.int32)
+    index = wide.clamp(-2, adapters).to(torch.int32)
     index = index.reshape((*index.shape, *[1] * (len(lead) - index.dim())))
     # Kernels read it as contiguous, which reshape alone leaves open.
     return index.expand(lead).reshape(x.shape[:-1].numel()).contiguous()

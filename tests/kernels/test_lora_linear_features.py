@@ -79,6 +79,26 @@ def test_rows_without_an_adapter_are_the_base_alone(impl: str) -> None:
     torch.testing.assert_close(made.run(impl)[0], want, atol=1e-4, rtol=1e-5)
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("E", [None, 0, 2], ids=lambda E: f"E{E}")
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_no_adapters_or_adapters_of_rank_0_are_the_base_alone(
+    dora: bool, E: int | None, impl: str
+) -> None:
+    """A batch that no adapter serves, or an adapter that is yet to be given a rank."""
+    x, weight = torch.randn(4, 8, device=DEVICE), torch.randn(5, 8, device=DEVICE)
+    stack, R = (() if E is None else (E,)), 2 if E == 0 else 0
+    a = torch.zeros(*stack, R, 8, device=DEVICE, requires_grad=True)
+    b = torch.zeros(*stack, 5, R, device=DEVICE, requires_grad=True)
+    magnitude = weight.norm(dim=1).expand(*stack, 5) if dora else None
+    index = None if E is None else torch.full((4,), -1, device=DEVICE)
+    y = lora_linear(
+        x, weight, a, b, scale=1.0, magnitude=magnitude, adapter_index=index, impl=impl
+    )
+    torch.testing.assert_close(y, torch.nn.functional.linear(x, weight), atol=1e-5, rtol=1e-5)
+    assert [g.shape for g in torch.autograd.grad(y.sum(), (a, b))] == [a.shape, b.shape]
+
+
 def test_adapters_of_other_rows_cannot_be_noticed() -> None:
     """Not even if they are infinite: a request must not spoil its neighbours'."""
     x, weight = torch.randn(6, 8), torch.randn(5, 8)

@@ -301,7 +301,7 @@ def _dora(
     more = (magnitude.to(norm.dtype) / norm - 1.0).to(x.dtype)  # [N] or [E, N]
     if index is not None:
         # [..., N]; the adapter -1 is the last one, which leaves the base as it is.
-        extended = torch.cat([more, torch.zeros_like(more[:1])])
+        extended = torch.cat([more, more.new_zeros(1, more.shape[1])])
         more = extended[index.remainder(extended.shape[0])].view(*x.shape[:-1], more.shape[1])
     if seed is None:
         y = _one(x, weight, a, b, None, scale, 0.0, None, index, impl)

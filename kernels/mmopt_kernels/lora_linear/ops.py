@@ -208,8 +208,8 @@ def _owner(a: Sequence[Tensor], options: Options) -> Tensor | None:
         return None
     E, device = options.adapters, options.adapter_index.device
     adapter = torch.arange(E, dtype=torch.int32, device=device)[:, None]
-    # Kernels read it as contiguous, which reshape alone leaves open.
-    return torch.cat([adapter.expand(E, factor.shape[0] // E).reshape(-1) for factor in a])
+    # Kernels read it as contiguous, which reshape alone leaves open. Of no adapter, all is empty.
+    return torch.cat([adapter.expand(E, factor.shape[0] // max(E, 1)).reshape(-1) for factor in a])
 
 
 def _up(
@@ -684,14 +684,15 @@ def _lora_weight_norm(
         dense = Base(weight, quantized, layout).dense(_dense_dtype(a, layout), "auto")
         R, K = a.shape[-2:]
         a2 = a.reshape(math.prod(a.shape[:-1]), K).to(wide)  # [E R, K]
-        b3 = b.to(wide).view(-1, *b.shape[-2:])  # [E, N, R]
+        # The product because -1 is ambiguous for an empty tensor.
+        b3 = b.to(wide).reshape(math.prod(b.shape[:-2]), *b.shape[-2:])  # [E, N, R]
         gram = a.to(wide) @ a.to(wide).mT  # [R, R] or [E, R, R]
         squares = ((b.to(wide) @ gram) * b.to(wide)).sum(-1).view(b3.shape[:2])  # [E, N]
         for start in range(0, dense.shape[0], _NORM_ROWS):
             part = slice(start, start + _NORM_ROWS)
             block = dense[part].to(wide)
             # [E, rows, R]
-            cross = (block @ a2.t()).view(block.shape[0], -1, R).transpose(0, 1)
+            cross = (block @ a2.t()).view(block.shape[0], b3.shape[0], R).transpose(0, 1)
             squares[:, part] += 2.0 * (cross * b3[:, part]).sum(-1) + block.square().sum(1)
         # Rounding may leave a row that cancels below zero.
         return squares.clamp_(min=0.0).sqrt_().view(b.shape[:-1])

@@ -35,7 +35,7 @@ def _own(
         return [1.0] * len(a)
     own: list[Tensor | float] = []
     for factor in a:
-        R = factor.shape[0] // adapters
+        R = factor.shape[0] // max(adapters, 1)
         adapter = torch.arange(adapters, device=index.device).repeat_interleave(R)
         own.append((index[:, None] == adapter[None, :]).to(_wide(like).dtype))  # [M, E * R]
     return own

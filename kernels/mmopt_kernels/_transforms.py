@@ -1,10 +1,11 @@
-"""Function transforms (`torch.func`), under which an op with a backward has no derivative."""
+"""What an op with a backward has no derivative under: `torch.func`, and `forward_ad` beneath it."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 from torch._C import _functorch
+from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves
 
 
@@ -17,21 +18,29 @@ def refuse_transforms(op: str, *inputs: object) -> None:
     """Raise where a transform would differentiate the op by one of ``inputs``, or of their parts.
 
     PyTorch knows the backward of a registered op outside of transforms only: `torch.func.grad`
-    would fail with a message about its internals, and `torch.func.jvp` would take the op for a
-    constant.
+    would fail with a message about its internals, and `torch.func.jvp` and dual tensors would take
+    the op for a constant.
 
     Raises:
         NotImplementedError: as it says.
     """
-    if torch.compiler.is_compiling() or not transforming():
+    if torch.compiler.is_compiling():
         return
-    stack = _functorch.get_interpreter_stack() or ()
-    forward = any(each.key() == _functorch.TransformType.Jvp for each in stack)
-    if any(_differentiated(x, forward) for x in tree_leaves(inputs)):
+    asked = None
+    if transforming():
+        stack = _functorch.get_interpreter_stack() or ()
+        forward = any(each.key() == _functorch.TransformType.Jvp for each in stack)
+        if any(_differentiated(x, forward) for x in tree_leaves(inputs)):
+            asked = "torch.func asked for a derivative (grad, vjp, jvp or one made of them)"
+    # -1 is outside of every `dual_level`, in which alone a tensor has a tangent.
+    dual = forward_ad._current_level >= 0
+    if asked is None and dual and any(_has_tangent(x) for x in tree_leaves(inputs)):
+        asked = "torch.autograd.forward_ad asked for a tangent"
+    if asked is not None:
         raise NotImplementedError(
-            f"{op}: torch.func asked for a derivative (grad, vjp, jvp or one made of them), "
-            "expected torch.autograd to. Call backward() or torch.autograd.grad instead, or take "
-            "the op off the model: undo() of the report that mmopt.optimize returned."
+            f"{op}: {asked}, expected reverse mode of torch.autograd. Call backward() or "
+            "torch.autograd.grad instead, or take the op off the model: undo() of the report that "
+            "mmopt.optimize returned."
         )
 
 
@@ -44,3 +53,9 @@ def _differentiated(x: object, forward: bool) -> bool:
             return True
         x = _functorch.get_unwrapped(x)
     return False
+
+
+def _has_tangent(x: object) -> bool:
+    if not isinstance(x, Tensor):
+        return False
+    return forward_ad.unpack_dual(x).tangent is not None  # type: ignore[no-untyped-call]

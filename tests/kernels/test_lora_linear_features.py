@@ -92,9 +92,7 @@ def test_no_adapters_or_adapters_of_rank_0_are_the_base_alone(
     b = torch.zeros(*stack, 5, R, device=DEVICE, requires_grad=True)
     magnitude = weight.norm(dim=1).expand(*stack, 5) if dora else None
     index = None if E is None else torch.full((4,), -1, device=DEVICE)
-    y = lora_linear(
-        x, weight, a, b, scale=1.0, magnitude=magnitude, adapter_index=index, impl=impl
-    )
+    y = lora_linear(x, weight, a, b, scale=1.0, magnitude=magnitude, adapter_index=index, impl=impl)
     torch.testing.assert_close(y, torch.nn.functional.linear(x, weight), atol=1e-5, rtol=1e-5)
     assert [g.shape for g in torch.autograd.grad(y.sum(), (a, b))] == [a.shape, b.shape]
 

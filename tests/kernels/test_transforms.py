@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.func import grad, jvp, vmap
 
 from mmopt_kernels import attention, linear_cross_entropy, lora_linear, lora_linear_group
@@ -53,6 +54,25 @@ def test_a_transform_that_differentiates_an_op_is_refused_by_its_name(
     name = op.partition(",")[0]
     with pytest.raises(NotImplementedError, match=rf"^{name}: torch.func asked .* undo\(\)"):
         TRANSFORMS[transform](OPS[op], torch.eye(N, device=DEVICE))
+
+
+@pytest.mark.parametrize("leaf", [False, True], ids=["constant", "leaf"])
+@pytest.mark.parametrize("op", ["lora_linear", "lora_linear_group", "linear_cross_entropy"])
+def test_a_tangent_is_refused_rather_than_lost(op: str, leaf: bool) -> None:
+    """To PyTorch an op without a formula of its own is a constant in forward mode."""
+    x = torch.eye(N, device=DEVICE, requires_grad=leaf)
+    with forward_ad.dual_level():
+        OPS[op](x)  # has no tangent
+        dual = forward_ad.make_dual(x, torch.ones_like(x))
+        with pytest.raises(NotImplementedError, match=rf"^{op}: .*forward_ad asked .* undo\(\)"):
+            OPS[op](dual)
+
+
+def test_attention_refuses_a_tangent_where_it_is_not_pytorchs_own() -> None:
+    with forward_ad.dual_level():
+        q = forward_ad.make_dual(torch.ones(1, 1, N, N), torch.ones(1, 1, N, N))
+        with pytest.raises(NotImplementedError, match=r"^attention: .*forward_ad asked"):
+            attention(q, q, q, softcap=2.0)
 
 
 @pytest.mark.parametrize("op", OPS)

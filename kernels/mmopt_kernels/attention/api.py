@@ -119,8 +119,8 @@ def attention(
     Raises:
         KernelInputError: a type, shape, dtype, device or option does not match, or ``impl`` cannot
             run here.
-        NotImplementedError: a transform of `torch.func` would differentiate more than one call of
-            PyTorch's CPU kernel without intervals.
+        NotImplementedError: a transform of `torch.func`, or forward mode, would differentiate more
+            than one call of PyTorch's CPU kernel without intervals.
 
     Sources: Dao 2023, arXiv:2307.08691 (online softmax, recomputation in backward); Gemma Team
     2024, arXiv:2408.00118 (softcap); Xiao et al. 2023, arXiv:2309.17453 (sinks); Salmon et al.

@@ -90,7 +90,8 @@ def linear_cross_entropy(
     Raises:
         KernelInputError: a shape, dtype, device or option does not match, a label is out of range
             (on a GPU an assertion on the device says so, later), or ``impl`` cannot run here.
-        NotImplementedError: a transform of `torch.func` would differentiate the call.
+        NotImplementedError: a transform of `torch.func`, or forward mode, would differentiate
+            the call.
 
     Sources: Hsu et al. 2024, arXiv:2410.10989 (gradients in forward, by chunks); Szegedy et al.
     2016, arXiv:1512.00567 (label smoothing); Chowdhery et al. 2022, arXiv:2204.02311 (z-loss).

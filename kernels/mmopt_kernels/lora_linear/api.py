@@ -94,7 +94,8 @@ def lora_linear(
     Raises:
         KernelInputError: a shape, dtype or device does not match, an index is outside the adapters
             (on a GPU an assertion on the device says so, later), or ``impl`` cannot run here.
-        NotImplementedError: a transform of `torch.func` would differentiate the call.
+        NotImplementedError: a transform of `torch.func`, or forward mode, would differentiate
+            the call.
 
     Sources: Hu et al. 2021, arXiv:2106.09685, section 4.1; Liu et al. 2024, arXiv:2402.09353,
     section 4.3 (DoRA); Salmon et al. 2011, doi:10.1145/2063384.2063405 (Philox, the dropout's
@@ -146,7 +147,8 @@ def lora_linear_group(
 
     Raises:
         KernelInputError: as for `lora_linear`; the message tells the projection.
-        NotImplementedError: a transform of `torch.func` would differentiate the call.
+        NotImplementedError: a transform of `torch.func`, or forward mode, would differentiate
+            the call.
     """
     op = "lora_linear_group"
     refuse_transforms(op, x, projections)

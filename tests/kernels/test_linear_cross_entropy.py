@@ -663,6 +663,23 @@ def test_label_out_of_range_is_named(label: int, reduction: str) -> None:
             r"lora.b has shape \(37, 4\), expected \(37, 3\) because weight has 37 rows and lora.a",
         ),
         ({"lora": LoraFactors(torch.zeros(3, 9), torch.zeros(37, 3))}, "lora.a has shape"),
+        # Of one value for each rank, it would scale the columns of b.
+        (
+            {"lora": LoraFactors(torch.zeros(3, 20), torch.zeros(37, 3), torch.ones(3))},
+            r"lora.scale is torch.float32 \(3,\), expected a real number of no dimension",
+        ),
+        (
+            {"lora": LoraFactors(torch.zeros(3, 20), torch.zeros(37, 3), torch.tensor(1j))},
+            r"lora.scale is torch.complex64 \(\), expected a real number",
+        ),
+        (
+            {
+                "lora": LoraFactors(
+                    torch.zeros(3, 20), torch.zeros(37, 3), torch.ones((), device="meta")
+                )
+            },
+            "lora.scale is on meta, expected",
+        ),
         ({"bias": torch.zeros(37, device="meta")}, "bias is on meta, expected"),
         ({"softcap": 0.0}, "softcap is 0.0, expected a finite number above 0"),
         ({"softcap": float("inf")}, "softcap is inf, expected a finite number above 0"),

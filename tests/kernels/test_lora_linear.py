@@ -470,6 +470,7 @@ def test_other_unusable_arguments_are_named() -> None:
             adapter_index=torch.zeros(4), **stacked)  # fmt: skip
     refused("adapter_index is on meta, expected cpu like x",
             adapter_index=torch.zeros(4, dtype=torch.int64, device="meta"), **stacked)  # fmt: skip
+    refused(r"scale is torch\.complex64, expected a real number", scale=torch.tensor(1j))
     refused("scale is on meta, expected cpu like x", scale=torch.ones((), device="meta"))
     with pytest.raises(KernelInputError, match="projections are empty, expected at least one"):
         lora_linear_group(x, [])

@@ -463,6 +463,10 @@ def _check_scale(op: str, of: str, x: Tensor, scale: Tensor, adapters: int | Non
             f"{op}: {of}scale has shape {tuple(scale.shape)}, expected {expected} because {why}. "
             "Pass one number for each adapter."
         )
+    if scale.is_complex():
+        raise KernelInputError(
+            f"{op}: {of}scale is {scale.dtype}, expected a real number. Pass alpha / R."
+        )
     # A tensor without dimensions may stay on the CPU, as in PyTorch's own arithmetic.
     if scale.device != x.device and (scale.dim() or scale.device.type != "cpu"):
         raise KernelInputError(

@@ -126,6 +126,12 @@ def _set(target: dict[Any, str]) -> None:
     """
     for tower, implementation in target.items():
         tower.set_attn_implementation({"": implementation})
+        # Layers that PEFT's layer_replication repeats have a copy of the config each, which would
+        # go on as before with the masks of the tower.
+        for layer in _layers(tower):
+            config = getattr(layer, "config", tower.config)
+            if config is not tower.config and type(config) is type(tower.config):
+                config._attn_implementation = implementation
 
 
 def _towers(base: Any) -> Iterator[Any]:

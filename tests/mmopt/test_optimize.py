@@ -304,6 +304,21 @@ def attn(module):
     return getattr(module.config, "_attn_implementation", None)
 
 
+def test_layers_that_peft_repeats_read_the_towers_masks():
+    """Each has a copy of the config, which says what implementation it calls."""
+    config = LoraConfig(r=4, target_modules=["q_proj"], layer_replication=[[0, 2], [1, 2]])
+    model = get_peft_model(build(llama), config)
+    randomize(model)
+    plain = copy.deepcopy(model)
+    report = mmopt.optimize(model)
+    layers = model.base_model.model.model.layers
+    assert [attn(layer.self_attn) for layer in layers] == ["mmopt"] * 3
+    batch = text("left", "tokens")
+    assert_same(run(model, batch), run(plain, batch))
+    report.undo()
+    assert [attn(layer.self_attn) for layer in layers] == ["sdpa"] * 3
+
+
 def test_optimizing_again_changes_nothing_and_its_report_can_undo():
     """The second report knows what the first replaced."""
     model = build(llama, lora=True)

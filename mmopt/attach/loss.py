@@ -29,6 +29,7 @@ from mmopt.attach.peft_layers import (
     is_watched,
     kind_of,
     whole_bias,
+    within_peft,
 )
 from mmopt.attach.report import Row
 from mmopt.attach.source import CannotRewriteError
@@ -72,7 +73,7 @@ def attach_loss(model: nn.Module) -> tuple[list[Row], Callable[[], None]]:
     Returns:
         One row, none for a model without an output layer, and what undoes it.
     """
-    base = _unwrapped(model)
+    base = within_peft(model)
     if base.get_output_embeddings() is None:
         return [], lambda: None
     if _STATE in base.__dict__:
@@ -89,10 +90,6 @@ def attach_loss(model: nn.Module) -> tuple[list[Row], Callable[[], None]]:
     obstacle = _head_obstacle(getattr(base, state.head), state, training=True)
     remark = _NO_LOGITS if obstacle is None else f"{obstacle}: the model's own loss meanwhile"
     return [Row("", "loss", OP, remark)], lambda: _restore(base)
-
-
-def _unwrapped(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _restore(base: Any) -> None:

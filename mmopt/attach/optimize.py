@@ -7,6 +7,7 @@ from mmopt.attach.attention import attach_attention
 from mmopt.attach.gradients import check_gradients
 from mmopt.attach.lora import attach_lora
 from mmopt.attach.loss import attach_loss
+from mmopt.attach.peft_layers import within_peft
 from mmopt.attach.report import OptimizationReport, Row
 from mmopt.attach.traceable import attach_traceable
 from mmopt_kernels.errors import InputError
@@ -71,7 +72,7 @@ def transformers_model(model: Any) -> Any:
     from transformers import PreTrainedModel
 
     model = within_wrappers(model)
-    unwrapped = model.get_base_model() if hasattr(model, "get_base_model") else model
+    unwrapped = within_peft(model)
     if isinstance(unwrapped, PreTrainedModel):
         return unwrapped
     raise InputError(

@@ -24,6 +24,16 @@ _BASES = {
 }
 
 
+def within_peft(model: Any) -> Any:
+    """The model that a PEFT model is around; the model itself where it is none."""
+    if hasattr(model, "get_base_model"):
+        return model.get_base_model()
+    # By name, because PEFT may be absent.
+    if (type(model).__module__, type(model).__name__) == ("peft.mixed_model", "PeftMixedModel"):
+        return model.base_model.model
+    return model
+
+
 # --- what is at work: plain attribute reads in a fixed order, which Dynamo turns into guards ------
 
 

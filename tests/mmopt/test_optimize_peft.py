@@ -8,7 +8,7 @@ import copy
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, get_peft_model
+from peft import IA3Config, LoHaConfig, LoraConfig, get_peft_model
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -533,6 +533,35 @@ def test_other_layers_and_other_adapters_are_left_alone_with_the_reason():
     assert found["eighth"][1].startswith("its base weight is torch.float8_e5m2, expected")
     model = get_peft_model(Mixed(), IA3Config(target_modules=["linear"], feedforward_modules=[]))
     assert remarks(model) == {"linear": (None, "its adapter is ia3's Linear, expected LoRA")}
+
+
+def test_a_mixed_model_has_its_lora_layers_served_and_the_others_named():
+    """PEFT's other wrapper, around adapters of several types at once."""
+
+    def mixed():
+        torch.manual_seed(0)
+        model = get_peft_model(
+            LlamaForCausalLM(tiny_llama()), LoraConfig(target_modules=["v_proj"]), "a", mixed=True
+        )
+        model.add_adapter("h", LoHaConfig(r=2, target_modules=["q_proj"]))
+        model.set_adapter(["a", "h"])
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.normal_(std=0.1)
+        return model.train()
+
+    plain, attached = mixed(), mixed()
+    rows = {row.name.rpartition(".")[2]: row for row in mmopt.optimize(attached).rows}
+    assert rows["v_proj"].became == OP
+    assert rows["q_proj"].reason == "its adapter is loha's Linear, expected LoRA"
+    ids = torch.arange(8).view(1, 8)
+    got, want = (model(input_ids=ids, labels=ids).loss for model in (attached, plain))
+    torch.testing.assert_close(got, want)
+    got.backward()
+    want.backward()
+    for one, other in zip(attached.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
 
 
 @pytest.mark.parametrize("base", ["fp4", "int8"])

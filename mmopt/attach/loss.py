@@ -76,6 +76,8 @@ def attach_loss(model: nn.Module) -> tuple[list[Row], Callable[[], None]]:
     base = within_peft(model)
     if base.get_output_embeddings() is None:
         return [], lambda: None
+    if reason := _passed_by(model, base):
+        return [Row("", "loss", None, reason)], lambda: None
     if _STATE in base.__dict__:
         state = base.__dict__[_STATE]
     else:
@@ -90,6 +92,16 @@ def attach_loss(model: nn.Module) -> tuple[list[Row], Callable[[], None]]:
     obstacle = _head_obstacle(getattr(base, state.head), state, training=True)
     remark = _NO_LOGITS if obstacle is None else f"{obstacle}: the model's own loss meanwhile"
     return [Row("", "loss", OP, remark)], lambda: _restore(base)
+
+
+def _passed_by(model: Any, base: Any) -> str | None:
+    """Why a forward put on the model would not be called, or None."""
+    # PEFT's adaption prompt holds on to the bound method that it found; other tuners look it up.
+    tuner = None if model is base else getattr(model, "base_model", None)
+    held = getattr(tuner, "__dict__", {}).get("forward")
+    if getattr(held, "__self__", None) is not base or _is_ours(held):
+        return None
+    return f"peft's {type(tuner).__name__} calls the forward that the model had when it was made"
 
 
 def _restore(base: Any) -> None:

@@ -8,7 +8,7 @@ import inspect
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import AdaptionPromptConfig, LoraConfig, get_peft_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
@@ -705,6 +705,22 @@ def test_what_is_left_alone_says_why(case):
     assert reason in rows[0].reason
     restore()
     assert model.__dict__ == before
+
+
+def test_a_tuner_that_holds_on_to_the_forward_is_left_alone():
+    """Attached before the tuner is made, the one that it holds on to is the replacement."""
+    config = AdaptionPromptConfig(adapter_len=2, adapter_layers=1, task_type="CAUSAL_LM")
+    model = get_peft_model(build(llama), config).train()
+    (row,), _ = attach_loss(model)
+    assert row.became is None
+    assert row.reason.startswith("peft's AdaptionPromptModel calls the forward that the model had")
+    assert model(**inputs_of(model)).logits is not None
+    model = build(llama)
+    attach_loss(model)
+    model = get_peft_model(model, config).train()
+    (row,), _ = attach_loss(model)
+    assert row.became == OP
+    assert model(**inputs_of(model)).logits is None
 
 
 def test_a_quantized_output_layer_is_left_alone():

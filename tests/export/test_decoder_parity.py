@@ -149,6 +149,11 @@ def test_the_proof_of_a_folder_finds_a_changed_weight(exported: Exported, tmp_pa
     assert "which eager has ahead by" in changed.note
     # Weights of few bits are reported; the artifact's other stages judge them.
     assert not prove(tmp_path / "changed", "int4").gates
+    # But no NaN is excused.
+    values[:] = np.nan
+    values.tofile(data)
+    lost = prove(tmp_path / "changed", "int4")
+    assert (lost.finite, lost.max_abs, lost.gates, lost.holds) == (False, None, True, False)
 
 
 def test_prompts_without_room_are_refused(exported: Exported) -> None:

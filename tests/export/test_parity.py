@@ -145,6 +145,23 @@ def test_weights_of_few_bits_gate_on_real_samples_where_there_are_any() -> None:
     assert alone.gates
 
 
+@pytest.mark.parametrize("wrong", [GOOD * np.float32(np.nan), GOOD[:1]], ids=["nan", "shape"])
+def test_what_is_not_finite_gates_on_random_samples_too(wrong: np.ndarray) -> None:
+    """Weights of few bits excuse an inaccurate value there, not a missing one."""
+
+    class Random(Session):
+        def run(self, names: list[str], feeds: Any) -> list[np.ndarray]:
+            return [wrong if "random" in feeds else GOOD]
+
+    samples = [
+        Sample("model", "grid", {"random": GOOD}, {"logits": GOOD}),
+        Sample("model", "text", {}, {"logits": GOOD}),
+    ]
+    stages = {s.kind: s for s in compare_samples("int8", "int8", samples, Random())}
+    assert (stages["grid"].gates, stages["grid"].holds) == (True, False)
+    assert stages["text"].holds
+
+
 @pytest.mark.parametrize(
     ("precision", "best", "lead", "tie"),
     [

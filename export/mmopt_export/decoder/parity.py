@@ -222,6 +222,7 @@ def prove_greedy(
 
 
 def _stage(result: GreedyParity, component: str, gates: bool, rows: int) -> StageParity:
+    finite = bool(np.isfinite(result.max_error))
     ties = sum(one.near_tie for one in result.differences)
     wrong = [one for one in result.differences if not one.near_tie]
     notes = [f"{result.steps // rows} tokens of {rows} prompts"]
@@ -239,16 +240,16 @@ def _stage(result: GreedyParity, component: str, gates: bool, rows: int) -> Stag
         kind=GENERATED,
         output="tokens",
         rows=result.steps,
-        finite=bool(np.isfinite(result.max_error)),
-        max_abs=result.max_error if np.isfinite(result.max_error) else None,
+        finite=finite,
+        max_abs=result.max_error if finite else None,
         mean_abs=None,
         cosine=None,
         worst_cosine=None,
         argmax_agreement=1 - len(result.differences) / result.steps,
         accuracy=None,
         expected_accuracy=None,
-        gates=gates,
-        holds=result.holds and bool(np.isfinite(result.max_error)),
+        gates=gates or not finite,
+        holds=result.holds and finite,
         note=", ".join(notes),
     )
 

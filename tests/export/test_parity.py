@@ -1,5 +1,7 @@
 """The parity gate: NaN never passes, thresholds gate, unmeasured figures are None."""
 
+import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from mmopt_export.parity import (
     compare_samples,
     compare_values,
     condensed,
+    has_grown,
     is_near_tie,
     read_samples,
     stored_samples,
@@ -163,6 +166,50 @@ def test_what_is_not_finite_gates_on_random_samples_too(wrong: np.ndarray) -> No
 
 
 @pytest.mark.parametrize(
+    ("precision", "cosine"),
+    [("fp32", 0.9999), ("fp16", 0.999), ("bf16", 0.999), ("int8", 0.99), ("int4", 0.95)],
+)
+def test_every_precision_has_its_cosine(precision: str, cosine: float) -> None:
+    """Of values so small that no other figure decides."""
+    size = 1e-3
+
+    def turned(to: float) -> np.ndarray:
+        return np.array([[size * to, size * math.sqrt(1 - to * to)]], np.float32)
+
+    straight = np.array([[size, 0.0]], np.float32)
+    margin = (1 - cosine) / 50
+    assert compare(precision, straight, turned(cosine + margin)).holds
+    assert not compare(precision, straight, turned(cosine - margin)).holds
+
+
+def test_where_nothing_is_compared_nothing_holds() -> None:
+    valid = {"logits": np.zeros(2, bool)}
+    stage = compare("fp32", GOOD, GOOD.copy(), valid=valid)
+    assert (stage.rows, stage.finite, stage.holds) == (0, False, False)
+
+
+@pytest.mark.parametrize(
+    ("figures", "grown"),
+    [
+        ({"max_abs": 0.4 * 1.25 + 0.9e-4}, False),
+        ({"max_abs": 0.4 * 1.25 + 1.1e-4}, True),
+        ({"worst_cosine": 0.75 - 0.9e-4}, False),
+        ({"worst_cosine": 0.75 - 1.1e-4}, True),
+        ({"max_abs": 9.0, "holds": True}, False),
+        ({"finite": False, "max_abs": None, "worst_cosine": None}, True),
+    ],
+)
+def test_accepted_drift_may_grow_by_a_quarter_and_a_rounding(
+    figures: dict[str, Any], grown: bool
+) -> None:
+    stage = dataclasses.replace(
+        compare("int8", GOOD, -GOOD), max_abs=0.4, worst_cosine=0.8, holds=False
+    )
+    assert has_grown(dataclasses.replace(stage, **figures), stage) is grown
+    assert has_grown(stage, None)
+
+
+@pytest.mark.parametrize(
     ("precision", "best", "lead", "tie"),
     [
         ("fp32", 1.5, 1.9e-4, True),
@@ -275,3 +322,20 @@ def test_a_reader_sees_one_row_for_a_cache_and_for_all_samples_that_were_made_up
     ]
     assert rows[1].rows == 12
     assert rows[1].max_abs == pytest.approx(1e-5, rel=0.1)
+
+
+@pytest.mark.parametrize("layer", range(3))
+def test_one_output_that_does_not_hold_is_the_verdict_of_its_row(layer: int) -> None:
+    outputs = {f"present.{at}.key": GOOD for at in range(3)}
+    off = Session(**(outputs | {f"present.{layer}.key": GOOD + 1}))
+    lost = Session(**(outputs | {f"present.{layer}.key": GOOD * np.float32(np.nan)}))
+    sample = Sample("model", "text", {}, outputs)
+    (wrong,) = condensed(compare_samples("fp32", "fp32", [sample], off))
+    assert (wrong.holds, wrong.finite) == (False, True)
+    (missing,) = condensed(compare_samples("fp32", "fp32", [sample], lost))
+    assert (missing.holds, missing.finite, missing.max_abs, missing.cosine) == (
+        False,
+        False,
+        None,
+        None,
+    )

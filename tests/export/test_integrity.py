@@ -289,6 +289,10 @@ def inside_and_outside(model: onnx.ModelProto) -> None:
     tensor(model).raw_data = weights().tobytes()
 
 
+def typed_inside_and_outside(model: onnx.ModelProto) -> None:
+    tensor(model).float_data.extend([1.0] * 12)
+
+
 def outside_unsaid(model: onnx.ModelProto) -> None:
     """External data on a tensor that does not say it is external: readers may differ."""
     tensor(model).data_location = TensorProto.DEFAULT
@@ -371,6 +375,10 @@ ATTACKS: dict[str, tuple[Callable[[onnx.ModelProto], None], str]] = {
     "embedded-empty": (embedded(b"", [1 << 30]), "has no data, its shape claims 1073741824"),
     "embedded-typed": (embedded(b"", [9], float_data=[1.0]), "has 1 values, its shape claims 9"),
     "embedded-foreign": (embedded(b"", [1], int64_data=[1]), "expected only what its type has"),
+    "embedded-twice": (
+        embedded(b"", [1], float_data=[1.0], int32_data=[1]),
+        "has float_data and int32_data, expected only what its type has",
+    ),
     "embedded-both": (embedded(b"1234", [1], float_data=[1.0]), "has raw data and float_data"),
     "strings": (strings, "has 1 values, its shape claims 1099511627776"),
     "raw-strings": (raw_strings, "has raw data, which strings have not"),
@@ -378,6 +386,7 @@ ATTACKS: dict[str, tuple[Callable[[onnx.ModelProto], None], str]] = {
     "sparse-node": (sparse_in_a_node, "the tensor 'bomb' is sparse"),
     # What readers may take one way or the other.
     "inside-and-outside": (inside_and_outside, "has data inside as well"),
+    "typed-inside-and-outside": (typed_inside_and_outside, "has data inside as well"),
     "outside-unsaid": (outside_unsaid, "says that it lies in a file as well"),
     "twice": (said_twice, "says twice where its data lies"),
     "unknown-key": (at(basepath="/etc"), "has the unknown external data key 'basepath'"),

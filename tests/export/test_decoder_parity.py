@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from mmopt_export.decoder.parity import (
     GreedyReference,
@@ -84,7 +85,7 @@ def test_a_nan_does_not_pass_though_it_lies_where_the_winner_should() -> None:
 
 
 def test_what_is_stored_of_a_reference_comes_back() -> None:
-    reference = replace(_reference([[[3.0, 2.0]] * 4] * 2), prompts=((5, 6, 7), (8,)))
+    reference = replace(_reference([[[3.0, 2.0]] * 4] * 2), prompts=((5, 0, 7), (8,)))
     again = GreedyReference.of(reference.sample("model"))
     assert again.prompts == reference.prompts
     np.testing.assert_array_equal(again.best, reference.best)
@@ -154,6 +155,12 @@ def test_the_proof_of_a_folder_finds_a_changed_weight(exported: Exported, tmp_pa
     values.tofile(data)
     lost = prove(tmp_path / "changed", "int4")
     assert (lost.finite, lost.max_abs, lost.gates, lost.holds) == (False, None, True, False)
+
+
+def test_a_part_that_does_not_take_ids_is_refused(exported: Exported) -> None:
+    for part in (replace(exported.part, inputs={}), replace(exported.part, module=torch.nn.ReLU())):
+        with pytest.raises(InputError, match=f"the part {part.name} is no decoder of ids"):
+            greedy_reference(part, [[5]])
 
 
 def test_prompts_without_room_are_refused(exported: Exported) -> None:

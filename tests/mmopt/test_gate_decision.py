@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from mmopt.measure.gate.decision import LOOKS, Contest, Verdict, judge, of_suite
+from mmopt.measure.statistics import trimmed_mean_test
 
 MARGIN = 0.03
 
@@ -87,6 +88,17 @@ def test_a_significant_but_small_slowdown_is_not_regressed() -> None:
     """0.5% with little scatter: significance alone does not decide."""
     ratios = np.log(1.005) + np.linspace(-1e-3, 1e-3, LOOKS[0])
     assert decide([contest(*ratios)])[0].verdict is Verdict.PASSED
+
+
+def test_every_look_is_paid_for_whether_or_not_it_is_taken() -> None:
+    ratios = np.log(1.02) + np.linspace(-0.02, 0.03, LOOKS[0])
+    test = trimmed_mean_test(ratios)
+    (slower,) = decide([contest(*ratios)])
+    (faster,) = decide([contest(*-ratios)])
+    assert slower.p_slower == pytest.approx(len(LOOKS) * test.p_above(0.0))
+    assert slower.p_within == 1.0  # of more than one there is no less
+    assert faster.p_faster == pytest.approx(len(LOOKS) * test.p_above(0.0))
+    assert faster.p_within == pytest.approx(len(LOOKS) * test.p_above(-math.log1p(MARGIN)))
 
 
 def test_a_larger_suite_asks_for_more_evidence() -> None:

@@ -1,5 +1,6 @@
 """The V2 protocol as pure functions: what is accepted, what is refused and in which words."""
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -133,6 +134,32 @@ def test_what_does_not_fit_is_refused_with_what_was_expected(document: Any, mess
 
 
 @pytest.mark.parametrize(
+    ("values", "shape", "message"),
+    [
+        ([1.0] * 8, [1, 4, 1, 2], "shape [1, 4, 1, 2], expected ['batch', 3, 1, 2]"),
+        ([1.0] * 6, [1, 3, 2, 1], "shape [1, 3, 2, 1], expected ['batch', 3, 1, 2]"),
+        ([1.0] * 5 + [1e39], [1, 3, 1, 2], "holds a number that FP32 cannot hold"),
+        ([1.0] * 5 + [10**400], [1, 3, 1, 2], "holds a number that FP32 cannot hold"),
+    ],
+)
+def test_pixels_have_the_sizes_of_the_graph_and_are_finite(
+    values: list[float], shape: list[int], message: str
+) -> None:
+    pixels = TensorSpec("pixels", "float32", ("batch", 3, 1, 2))
+    component = dataclasses.replace(MANIFEST.component, inputs=(pixels,))
+    manifest = dataclasses.replace(MANIFEST, components={"model": component})
+
+    def request(values: list[float], shape: list[int]) -> protocol.InferRequest:
+        document = {"inputs": [tensor("pixels", values, shape, "FP32")]}
+        return protocol.parse_request(json.dumps(document).encode(), manifest)
+
+    assert request([1.0, 2, 3e38] * 4, [2, 3, 1, 2]).feeds is not None
+    with pytest.raises(protocol.RequestError) as error:
+        request(values, shape)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
     ("body", "message"),
     [
         (b"", "not JSON in UTF-8"),
@@ -205,8 +232,6 @@ def test_metadata_lists_every_tensor_and_limit() -> None:
 
 
 def test_a_type_without_a_json_form_is_refused_at_start() -> None:
-    import dataclasses
-
     outputs = (TensorSpec("logits", "float16", ("batch", 2)),)
     component = dataclasses.replace(MANIFEST.component, outputs=outputs)
     half = dataclasses.replace(MANIFEST, components={"model": component})

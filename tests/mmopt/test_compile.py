@@ -214,6 +214,20 @@ def test_parity_names_the_worst_and_never_passes_a_nan():
     assert (missing.worst, missing.holds) == ("noise", False)
 
 
+def test_float32_is_held_to_a_ten_thousandth_of_what_counts():
+    """Of its own largest value, or of a hundredth of the largest of all where that is more."""
+    exact = {"large": torch.tensor([1.0]), "small": torch.tensor([0.02]), "tiny": torch.zeros(1)}
+
+    def held(**off):
+        actual = {name: value + off.get(name, 0.0) for name, value in exact.items()}
+        return parity.compare("g", exact, actual).holds
+
+    assert held(large=0.9e-4, small=0.9 * 0.02e-4, tiny=0.9e-6)
+    assert not held(large=1.1e-4)
+    assert not held(small=1.1 * 0.02e-4)
+    assert not held(tiny=1.1e-6)
+
+
 def test_half_precision_is_held_to_twice_what_eager_is_off():
     """A tensor that eager has exact by luck is held to what is usual in its group."""
     exact = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([1.0, -1.0]), "c": torch.ones(2)}

@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import operator
 
 import pytest
 import torch
@@ -154,7 +155,9 @@ def test_a_layer_behind_another_stays_alone():
     assert_same(chained, x_of(3), each, ([1, 1], [1, 1]))
 
 
-@pytest.mark.parametrize("write", ["method", "operator", "item"])
+@pytest.mark.parametrize(
+    "write", ["method", "operator", "item", "overload", "packet", "inplace", "out"]
+)
 def test_an_input_written_to_in_between_is_another(write):
     each = layers()
 
@@ -165,8 +168,16 @@ def test_an_input_written_to_in_between_is_another(write):
             x.add_(1.0)
         elif write == "operator":
             x += 1.0
-        else:
+        elif write == "item":
             x[..., 0] = 1.0
+        elif write == "overload":
+            torch.ops.aten.add_.Tensor(x, 1.0)
+        elif write == "packet":
+            torch.ops.aten.add_(x, 1.0)
+        elif write == "inplace":
+            torch.nn.functional.leaky_relu(x, inplace=True)
+        else:
+            torch.add(x, 1.0, out=x)
         return q[..., :4] * apply(each[1], x)
 
     each[0][0].requires_grad_(False)
@@ -176,6 +187,22 @@ def test_an_input_written_to_in_between_is_another(write):
     x = x_of(3).detach()
     torch.testing.assert_close(compiled(written, seen)(x), written(x))
     assert seen == [([1, 1], [1, 1])]
+
+
+@pytest.mark.parametrize("taken", ["s", "all"])
+def test_a_layer_of_which_more_than_the_result_is_taken_stays_alone(taken):
+    graph = torch.fx.Graph()
+    x, *rest = (graph.placeholder(name) for name in ("x", "w", "a", "b"))
+    results = []
+    for last in (False, True):
+        node = graph.call_function(ONE.default, (x, *rest, None, None, None, 1, 0.5, 0.0, "auto"))
+        results.append(graph.call_function(operator.getitem, (node, 0)))
+        if last:
+            s = graph.call_function(operator.getitem, (node, 1)) if taken == "s" else node
+            results.append(s)
+    graph.output(tuple(results))
+    LORA_GROUPS(graph)
+    assert sizes(graph) == [1, 1]
 
 
 def test_layers_with_dropout_keep_masks_of_their_own():

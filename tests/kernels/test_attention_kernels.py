@@ -358,6 +358,27 @@ def test_infinite_sink_scores_and_gradient_of_an_empty_row_do_not_spread() -> No
         assert torch.equal(value, with_sink[name]), name
 
 
+@pytest.mark.parametrize("key", [0.0, float("nan")])
+@pytest.mark.parametrize("sink", [None, 0.5])
+def test_an_empty_row_among_rows_that_see_whole_blocks_stays_empty(
+    sink: float | None, key: float
+) -> None:
+    """The loop without a mask takes it along, and what it gathers there is no one's."""
+    g = torch.Generator().manual_seed(0)
+    q = torch.randn(1, 1, 6, 16, generator=g).to(DEVICE)
+    k, v = (torch.randn(1, 1, 96, 16, generator=g).to(DEVICE) for _ in range(2))
+    k[:, :, 40] = key
+    lo = torch.zeros(1, 6, dtype=torch.int32, device=DEVICE)
+    hi = torch.full_like(lo, 96)
+    lo[0, 2] = hi[0, 2] = 5
+    sinks = None if sink is None else torch.tensor([sink], device=DEVICE)
+    out, lse = kernel.launch(q, k, v, lo, hi, sinks, None, False, 0.25, None, 0.0)
+    assert not out[0, 0, 2].any()
+    assert lse[0, 0, 2].item() == pytest.approx(float("-inf") if sink is None else sink)
+    others = lse[0, 0, [0, 1, 3, 4, 5]]
+    assert (others.isfinite() if key == 0.0 else others.isnan()).all()
+
+
 def test_runs_list_every_tile_that_a_key_block_meets_and_few_others() -> None:
     """Tiles come in order, once; the mask-free ones are whole; all but the last run are exact."""
     S, T, M, N = 16 * 12, 16 * 3, 16, 16

@@ -249,6 +249,8 @@ def test_frames_are_those_of_the_model(tmp_path: Path) -> None:
         assert frames_of(np.array([samples]), audio).tolist() == [expected]
     with pytest.raises(InputError, match="sound 1 has 29 samples, expected at least 30"):
         process_sounds([np.zeros(30, np.float32), np.zeros(29, np.float32)], audio)
+    with pytest.raises(InputError, match="no sounds were given"):
+        process_sounds([], audio)
 
 
 def test_ctc_texts_are_those_of_the_tokenizer(tmp_path: Path) -> None:

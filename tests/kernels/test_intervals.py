@@ -578,6 +578,10 @@ BAD: dict[str, tuple[Callable[[], object], str]] = {
         lambda: Intervals.bidirectional_blocks(ints([-1, 0, 0]), base=Intervals.causal(4)),
         rf"{BLOCKS}the second has shape \(1, 4\), expected \[1 or 1, 3\]",
     ),
+    "one-dimension": (
+        lambda: Intervals(*(ints(0, n, dtype=torch.int32) for n in (1, 2))),
+        r"lo has shape \(2,\), expected \[B or 1, S\]",
+    ),
     "mask-function-shape": (
         lambda: Intervals.from_mask_function(lambda b, h, q, k: (k[0, 0, 0] < q).mT, 3, 4),
         r"mask_function returned torch.bool \(1, 1, 4, 3\), expected a bool that broadcasts to "

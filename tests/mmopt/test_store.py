@@ -400,6 +400,16 @@ def test_the_key_is_private_to_the_user(home, monkeypatch, tmp_path):
     assert stores.sign(b"record") == signature
     assert stores.signed_here(b"record", signature)
     assert not stores.signed_here(b"Record", signature)
+    # root can read the key of any user.
+    with monkeypatch.context() as patch:
+        patch.setattr("os.getuid", lambda: key_file().stat().st_uid + 1)
+        with pytest.raises(InputError, match="of this user"):
+            stores.signed_here(b"record", signature)
+    for broken in (b"", b"x" * 31):
+        key_file().write_bytes(broken)
+        with pytest.raises(InputError, match="is not 32 bytes"):
+            stores.sign(b"record")
+    key_file().write_bytes(b"x" * 32)
     key_file().chmod(0o644)
     with pytest.raises(InputError, match="can be read by others"):
         stores.sign(b"record")

@@ -11,10 +11,8 @@ import os
 import random
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -219,7 +217,11 @@ def test_figures_of_a_compiled_kernel_are_those_of_its_files(
     binary = stem.with_name(f"{stem.name}.{'hsaco' if target == 'gfx942' else 'cubin'}")
     assert 0 < kernel.code_bytes == code_bytes(binary.read_bytes()) < binary.stat().st_size
     assembly = stem.with_name(f"{stem.name}.{'amdgcn' if target == 'gfx942' else 'ptx'}")
-    assert "lora_linear_forward" in assembly.read_text()
+    text = assembly.read_text()
+    assert "lora_linear_forward" in text
+    # Where the checkout lies would decide what ptxas makes of it.
+    assert str(KERNELS) not in text
+    assert ".loc" not in text
 
 
 def test_amd_occupancy_is_what_llvm_writes_beside_its_code(
@@ -300,70 +302,6 @@ def test_a_compiler_that_crashes_or_hangs_fails_its_kernel_and_no_other(
         ),
         Failure("sm_80", f"{SMALL}/hangs", "the compiler hung"),
     )
-
-
-COPIES = """
-import os, time
-from mmopt_kernels.inspection import worker
-asked = []
-def plan(case):
-    asked.append(case)
-    if case == "crash":
-        os.abort()
-    return [os.getpid(), *asked]
-def build(path):
-    with open(path, "w") as file:
-        file.write(str(os.getpid()))
-    time.sleep(60)
-worker.CASES, worker.plan, worker.build = (), plan, build
-worker.main()
-"""
-
-
-def test_each_request_is_answered_by_a_copy_of_the_worker_as_it_began(tmp_path: Path) -> None:
-    """What was compiled before would move addresses; a copy's end, by whomever, is the worker's."""
-
-    def start() -> subprocess.Popen[str]:
-        pipe = subprocess.PIPE
-        command = [sys.executable, "-c", COPIES]
-        return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
-
-    def runs(pid: int) -> bool:
-        try:
-            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-        except (FileNotFoundError, ProcessLookupError):
-            return False
-        return state != "Z"
-
-    def ask(process: subprocess.Popen[str], **request: str) -> str:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        process.stdin.write(json.dumps(request) + "\n")
-        process.stdin.flush()
-        return process.stdout.readline()
-
-    first, second = start(), start()
-    answers = [json.loads(ask(first, do="plan", case=name))["result"] for name in "ab"]
-    assert [asked for _, *asked in answers] == [["a"], ["b"]]
-    assert len({first.pid, *(pid for pid, *_ in answers)}) == 3
-    assert ask(first, do="plan", case="crash") == ""
-    assert first.wait(timeout=60) == -signal.SIGABRT
-    # The compiler hangs, and `_Worker` kills the process that it knows.
-    told = tmp_path / "pid"
-    assert second.stdin is not None
-    second.stdin.write(json.dumps({"do": "build", "path": str(told)}) + "\n")
-    second.stdin.flush()
-    end = time.monotonic() + 60
-    while not (told.exists() and told.read_text()) and time.monotonic() < end:
-        time.sleep(0.05)
-    copy = int(told.read_text())
-    second.kill()
-    second.wait(timeout=60)
-    while runs(copy) and time.monotonic() < end:
-        time.sleep(0.05)
-    assert not runs(copy)
-    for process in (first, second):
-        process.communicate()
 
 
 def test_kernels_are_compiled_without_random_addresses() -> None:

@@ -247,10 +247,11 @@ def test_layers_in_and_out_of_autocast_stay_apart():
     assert_same(half, x_of(3), each, ([1, 1], [1, 1]))
 
 
-def test_a_pass_of_the_users_own_stays_the_only_one(monkeypatch):
+def test_a_pass_of_the_users_own_stays_the_only_one():
     assert inductor_options() == {"pre_grad_custom_pass": LORA_GROUPS}
-    monkeypatch.setattr(torch._inductor.config, "pre_grad_custom_pass", lambda graph: None)
-    assert inductor_options() == {}
+    with torch._inductor.config.patch(pre_grad_custom_pass=lambda graph: None):
+        assert inductor_options() == {}
+    assert inductor_options() == {"pre_grad_custom_pass": LORA_GROUPS}
 
 
 def tiny_llama():

@@ -32,9 +32,9 @@ Progress = Callable[[str, int | None], AbstractContextManager[Callable[[int], No
 # The slowest kernel so far takes 10 s; a compiler that needs this long hangs.
 _LONGEST_SECONDS = 600.0
 
-# Triton orders some of what it emits by addresses, so that a kernel came out with 224 and 226
-# registers in turn. Without random addresses (Linux's ADDR_NO_RANDOMIZE) builds repeat; where a
-# sandbox refuses that, they vary as before.
+# ptxas orders some of what it emits by addresses, so that a kernel came out with 224 and 226
+# registers in turn. Without random addresses (Linux's ADDR_NO_RANDOMIZE) the same text is assembled
+# to the same code; where a sandbox refuses that, builds vary as before.
 _REPEATABLY = (
     "import ctypes, os, sys; system = ctypes.CDLL(None); "
     "system.personality(system.personality(0xFFFFFFFF) | 0x0040000); "
@@ -386,6 +386,8 @@ class _Worker:
         # None of this process' settings: TRITON_INTERPRET, a cache, another assembler.
         env = {k: v for k, v in os.environ.items() if not k.startswith("TRITON_")}
         env["TRITON_CACHE_DIR"] = str(self._folder / "cache")
+        # They have the paths of the checkout and of Triton, which moved addresses as well.
+        env["TRITON_DISABLE_LINE_INFO"] = "1"
         # The package of this very file, whatever else is installed.
         here = str(Path(__file__).resolve().parents[2])
         env["PYTHONPATH"] = os.pathsep.join(filter(None, [here, env.get("PYTHONPATH")]))

@@ -1,19 +1,16 @@
 """A process that compiles kernels: one JSON request a line on stdin, one answer a line on stdout.
 
 In a process of its own because Triton decides at import whether kernels are interpreted, reads its
-settings from the environment, and its compiler may end the process that it runs in. Each request is
-answered by a copy of this process as it began: Triton orders some of what it emits by addresses,
-and those depend on all that was compiled before.
+settings from the environment, and its compiler may end the process that it runs in.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
+import functools
 import io
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -28,7 +25,7 @@ from triton.compiler import make_backend
 from triton.runtime.cache import get_cache_key
 
 from mmopt_kernels.inspection.capture import Specialized, capture
-from mmopt_kernels.inspection.cases import CASES, case_named
+from mmopt_kernels.inspection.cases import case_named
 from mmopt_kernels.inspection.machine_code import (
     code_bytes,
     count_matrix_instructions,
@@ -38,9 +35,8 @@ from mmopt_kernels.inspection.machine_code import (
 )
 from mmopt_kernels.inspection.targets import TARGETS, Target
 
-_PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
-
+@functools.lru_cache(maxsize=4)
 def _captured(target: str, case: str) -> list[Specialized]:
     return capture(case_named(case), TARGETS[target])
 
@@ -158,21 +154,8 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     knobs.nvidia.dump_ptxas_log = True
-    # Importing and hashing the kernels is most of a plan, and each copy would do it again.
-    for case in CASES:
-        with contextlib.suppress(Exception):  # whose request will say so
-            plan(next(iter(TARGETS)), case.name)
     requests: dict[str, Callable[..., Any]] = {"plan": plan, "build": build}
     for line in sys.stdin:
-        copy = os.fork()
-        if copy:
-            code = os.waitstatus_to_exitcode(os.waitpid(copy, 0)[1])
-            if code:
-                # As if it had happened here.
-                os.kill(os.getpid(), -code) if code < 0 else sys.exit(code)
-            continue
-        # Who kills this process, because the compiler hangs, means the copy.
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         request = json.loads(line)
         do = requests[request.pop("do")]
         try:
@@ -181,7 +164,6 @@ def main() -> None:
             answer = {"error": f"{type(error).__name__}: {error}"}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
-        os._exit(0)
 
 
 if __name__ == "__main__":

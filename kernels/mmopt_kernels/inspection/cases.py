@@ -175,7 +175,7 @@ def _lora_described(dtype: str, rank: int, default: frozenset[str]) -> Case:
             kernel.up(x, weight, s, b, None, 2.0)
             kernel_backward.input_backward(x, weight, s, a, None, 0.0)
 
-    return Case(f"lora_described/{dtype}-m8192-r{rank}", launch, dtype, None, default)
+    return Case(f"lora_linear/described/{dtype}-m8192-r{rank}", launch, dtype, None, default)
 
 
 def _lora_down(dtype: str, rows: int, rank: int, features: str, default: frozenset[str]) -> Case:

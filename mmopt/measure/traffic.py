@@ -69,7 +69,7 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def _moved(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> int:
     """Bytes that one op reads and writes; a tensor that it changes counts as both."""
     name = func._schema.name.split("::")[1]
-    if func.is_view or name in _UNTOUCHED | _VIEWS:
+    if name in _UNTOUCHED | _VIEWS or (func.is_view and _shares(args[0], out)):
         return 0
     arguments = func._schema.arguments
     given = dict(zip((argument.name for argument in arguments), args, strict=False)) | kwargs
@@ -80,6 +80,14 @@ def _moved(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> 
         if a.name in given and a.alias_info is not None and a.alias_info.is_write
     ]
     return _size(read[1:] if name in _FILLING else read) + _size(written or out)
+
+
+def _shares(x: Any, out: Any) -> bool:
+    """Whether what a schema calls a view is one: `to`, `contiguous` and `reshape` may copy."""
+    first = next((t for t in tree_leaves(out) if isinstance(t, Tensor)), None)
+    if first is None or not isinstance(x, Tensor):
+        return True
+    return first.untyped_storage()._cdata == x.untyped_storage()._cdata
 
 
 def _launched(launch: Any) -> int:

@@ -22,6 +22,7 @@ def meta(*shape, dtype=torch.bfloat16, grad=False):
 
 M, N, K, R = 512, 256, 128, 16
 x, weight, a, b = meta(M, K), meta(N, K), meta(R, K), meta(N, R)
+wide_a, wide_b = meta(R, K, dtype=torch.float32), meta(N, R, dtype=torch.float32)
 seed = meta(1, dtype=torch.int64)
 
 def adapted(impl):
@@ -44,6 +45,7 @@ calls = {
     "filled": lambda: torch.zeros_like(x),
     "into out": lambda: torch.mm(x, weight.t(), out=meta(M, N)),
     "library": adapted("addmm"),
+    "casts": lambda: lora_linear(x, weight, wide_a, wide_b, scale=1.0, impl="addmm"),
     "kernel": lambda: torch.ops.mmopt.dropout(x, seed, 0.5, "auto"),
     "kernel in place": lambda: add_masked_(x, meta(M, R), a, None, 0.0),
     "loss": evaluated,
@@ -81,6 +83,8 @@ LOGITS, HIDDEN, TABLE, LABELS, ROW = 256 * V * 2, 256 * K * 2, V * K * 2, 256 * 
         ("into out", 2 * (X + WEIGHT + Y)),
         # x weightᵀ, x aᵀ, and y += s bᵀ, which reads y and writes it.
         ("library", 2 * ((X + WEIGHT + Y) + (X + A + S) + (S + B + Y + Y))),
+        # The factors are read in float32 and written in 16 bits before.
+        ("casts", 2 * ((X + WEIGHT + Y) + (X + A + S) + (S + B + Y + Y)) + 6 * (A + B)),
         ("kernel", 2 * (X + X) + 8),
         ("kernel in place", 2 * (X + S + A + X)),
     ],

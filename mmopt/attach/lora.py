@@ -52,7 +52,8 @@ def attach_lora(model: nn.Module) -> tuple[list[Row], Callable[[], None]]:
     """Replace `forward` of every LoRA layer that the op can serve.
 
     Returns:
-        A row per adapted layer, and what undoes all of them.
+        A row per adapted layer, or per adapter where PEFT adapts no layer (prompt tuning); and what
+        undoes all of them.
     """
     from peft.tuners.lora import LoraLayer
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -72,7 +73,21 @@ def attach_lora(model: nn.Module) -> tuple[list[Row], Callable[[], None]]:
             rows.append(Row(name, "lora", OP, _remark(layer)))
         else:
             rows.append(Row(name, "lora", None, reason))
-    return rows, lambda: _restore(attached)
+    return rows or _without_layers(model), lambda: _restore(attached)
+
+
+def _without_layers(model: nn.Module) -> list[Row]:
+    """A row per adapter of a model of PEFT's in which no layer is one of its tuners'."""
+    rows = []
+    for name, module in model.named_modules():
+        adapters = getattr(module, "peft_config", None)
+        if isinstance(adapters, dict):
+            for adapter, config in adapters.items():
+                kind = getattr(config.peft_type, "value", config.peft_type)
+                reason = f"adapter {adapter!r} is PEFT's {kind}, which has no layers of LoRA's"
+                rows.append(Row(name, "lora", None, reason))
+            break
+    return rows
 
 
 def _restore(layers: list[Any]) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch._dynamo.eval_frame import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
+from mmopt.attach.peft_layers import within_peft
 from mmopt_kernels.errors import InputError
 
 
@@ -41,8 +42,8 @@ def _wrappers(model: Any) -> Iterator[Any]:
     yield model
     if isinstance(model, DistributedDataParallel):
         yield from _wrappers(model.module)
-    elif not isinstance(model, OptimizedModule) and hasattr(model, "get_base_model"):
-        yield model.get_base_model()
+    elif not isinstance(model, OptimizedModule) and (inner := within_peft(model)) is not model:
+        yield inner
 
 
 def regions_of(model: nn.Module) -> list[nn.Module]:

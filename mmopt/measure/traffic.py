@@ -87,7 +87,7 @@ def _shares(x: Any, out: Any) -> bool:
     first = next((t for t in tree_leaves(out) if isinstance(t, Tensor)), None)
     if first is None or not isinstance(x, Tensor):
         return True
-    return first.untyped_storage()._cdata == x.untyped_storage()._cdata
+    return bool(first.untyped_storage()._cdata == x.untyped_storage()._cdata)
 
 
 def _launched(launch: Any) -> int:

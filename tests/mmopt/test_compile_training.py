@@ -21,6 +21,7 @@ from transformers import (
 
 import mmopt
 from mmopt.compilation import parity
+from mmopt.compilation.regions import refuse_compiled
 from mmopt.train.trainer import CompiledTrainer
 from mmopt_kernels.errors import InputError
 
@@ -503,3 +504,11 @@ def test_optimize_reaches_into_a_compiled_model_and_compile_refuses_it(around):
     report.undo()
     torch._dynamo.reset()
     assert model.forward(**given).logits is not None
+
+
+def test_a_model_compiled_inside_of_pefts_mixed_model_is_refused():
+    model = get_peft_model(llama(), LoraConfig(target_modules=["q_proj"]), mixed=True)
+    refuse_compiled(model)
+    model.base_model.model.compile(backend="eager")
+    with pytest.raises(InputError, match=r"LlamaForCausalLM is already compiled by its compile"):
+        refuse_compiled(model)

@@ -8,7 +8,14 @@ import copy
 
 import pytest
 import torch
-from peft import IA3Config, LoHaConfig, LoraConfig, get_peft_model
+from peft import (
+    AdaptionPromptConfig,
+    IA3Config,
+    LoHaConfig,
+    LoraConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -562,6 +569,22 @@ def test_a_mixed_model_has_its_lora_layers_served_and_the_others_named():
     want.backward()
     for one, other in zip(attached.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(one.grad, other.grad)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
+        AdaptionPromptConfig(adapter_len=2, adapter_layers=1, task_type="CAUSAL_LM"),
+    ],
+    ids=["prompts", "prompts in layers"],
+)
+def test_adapters_that_adapt_no_layer_are_named(config):
+    model = get_peft_model(LlamaForCausalLM(tiny_llama()), config, "a")
+    (row,) = [row for row in mmopt.optimize(model).rows if row.kind == "lora"]
+    kind = config.peft_type.value
+    assert (row.name, row.became) == ("", None)
+    assert row.reason == f"adapter 'a' is PEFT's {kind}, which has no layers of LoRA's"
 
 
 @pytest.mark.parametrize("base", ["fp4", "int8"])

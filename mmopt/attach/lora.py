@@ -78,16 +78,19 @@ def attach_lora(model: nn.Module) -> tuple[list[Row], Callable[[], None]]:
 
 def _without_layers(model: nn.Module) -> list[Row]:
     """A row per adapter of a model of PEFT's in which no layer is one of its tuners'."""
-    rows = []
-    for name, module in model.named_modules():
-        adapters = getattr(module, "peft_config", None)
-        if isinstance(adapters, dict):
-            for adapter, config in adapters.items():
-                kind = getattr(config.peft_type, "value", config.peft_type)
-                reason = f"adapter {adapter!r} is PEFT's {kind}, which has no layers of LoRA's"
-                rows.append(Row(name, "lora", None, reason))
-            break
-    return rows
+    from peft import PeftModel
+
+    return [
+        Row(
+            name,
+            "lora",
+            None,
+            f"adapter {adapter!r} is PEFT's {config.peft_type.value}, without layers of LoRA's",
+        )
+        for name, module in model.named_modules()
+        if isinstance(module, PeftModel)
+        for adapter, config in module.peft_config.items()
+    ]
 
 
 def _restore(layers: list[Any]) -> None:

@@ -584,7 +584,15 @@ def test_adapters_that_adapt_no_layer_are_named(config):
     (row,) = [row for row in mmopt.optimize(model).rows if row.kind == "lora"]
     kind = config.peft_type.value
     assert (row.name, row.became) == ("", None)
-    assert row.reason == f"adapter 'a' is PEFT's {kind}, which has no layers of LoRA's"
+    assert row.reason == f"adapter 'a' is PEFT's {kind}, without layers of LoRA's"
+
+
+def test_a_merged_model_has_no_adapters_to_name():
+    model = get_peft_model(LlamaForCausalLM(tiny_llama()), LoraConfig(target_modules=["q_proj"]))
+    assert {row.kind for row in mmopt.optimize(model.merge_and_unload()).rows} == {
+        "attention",
+        "loss",
+    }
 
 
 @pytest.mark.parametrize("base", ["fp4", "int8"])

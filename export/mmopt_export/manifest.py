@@ -17,6 +17,8 @@ ADAPTER_SUFFIX = ".onnx_adapter"
 SCHEMA_VERSION = 2
 PRECISIONS = ("fp32", "bf16", "fp16", "int8", "int4")
 """What a graph can have, from wide to narrow."""
+STATUSES = ("verified", "accepted", "failed", "unproven")
+"""What is known of an artifact's parity; `Manifest` says what each means."""
 
 
 @dataclass(frozen=True)
@@ -210,6 +212,8 @@ def _parse(document: Mapping[str, Any]) -> Manifest:
     for one in (document, *document["components"].values()):
         if one["precision"] not in PRECISIONS:
             raise ValueError(f"precision {one['precision']!r}")
+    if document["status"] not in STATUSES:
+        raise ValueError(f"status {document['status']!r}")
     longest = document["max_length"]
     if longest is not None and (not isinstance(longest, int) or longest < 1):
         raise ValueError(f"max_length {longest!r}")

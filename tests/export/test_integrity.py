@@ -566,6 +566,8 @@ def test_a_manifest_that_is_damaged_or_meant_to_hurt_is_refused(
     [
         ("minimum_onnxruntime", "new"),
         ("precision", "fp8"),
+        ("status", "Verified"),
+        ("status", None),
         ("components", [1]),
         ("max_length", "x"),
         ("max_length", 0),

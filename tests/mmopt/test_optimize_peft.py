@@ -869,6 +869,33 @@ def test_an_adapter_that_the_loss_does_not_reach_is_named():
     report.check_gradients()  # frozen, it need not have one
 
 
+@pytest.mark.parametrize(
+    ("changes", "tokens"),
+    [
+        ({"trainable_token_indices": [3, 4, 5, 6, 7]}, r"the token ids 3, 4, 5, 6, \.\.\.;"),
+        ({"alora_invocation_tokens": [3, 4]}, "its invocation tokens in input_ids and"),
+    ],
+    ids=["trainable-tokens", "alora"],
+)  # fmt: skip
+def test_an_adapter_of_certain_tokens_is_not_called_cut_off_when_the_batch_lacks_them(
+    changes, tokens
+):
+    config = LoraConfig(r=2, target_modules=["v_proj"], task_type="CAUSAL_LM", **changes)
+    model = get_peft_model(LlamaForCausalLM(tiny_llama()), config)
+    ids = torch.randint(10, 99, (2, 9))
+    model(input_ids=ids, labels=ids).loss.backward()
+    with pytest.raises(CheckFailedError, match=rf"^1 trainable adapters .* acts on {tokens}"):
+        check_gradients(model)
+    ids[1, 2:4] = torch.tensor([3, 4])
+    model(input_ids=ids, labels=ids).loss.backward()
+    check_gradients(model)
+
+    model.zero_grad()  # now it is the loss that reaches none of them
+    with pytest.raises(CheckFailedError, match="The loss does not reach them") as raised:
+        check_gradients(model)
+    assert "which acts on" not in str(raised.value)
+
+
 def test_only_adapters_at_work_need_gradients():
     """Not the inactive, nor the disabled, nor the merged ones."""
     model = build([{}, {}]).train()

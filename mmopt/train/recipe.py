@@ -45,7 +45,7 @@ class Training(_Section):
     learning_rate: float = Field(default=1e-3, gt=0)
     weight_decay: float = Field(default=0.01, ge=0)
     warmup: float = Field(default=0.1, ge=0, lt=1, description="share of the steps")
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**32)  # NumPy takes no other
 
 
 class Recipe(_Section):
@@ -92,7 +92,7 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     if not path.is_file():
         raise InputError(f"{path} does not exist, expected a YAML recipe.")
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        document = _loaded(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(document, dict):
@@ -109,6 +109,15 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise InputError(f"{path} is not a valid recipe:\n" + "\n".join(faults)) from error
 
 
+def _loaded(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except (ValueError, RecursionError) as error:
+        # A date that no calendar has, a number of too many digits, brackets too deep: PyYAML lets
+        # Python's own errors through.
+        raise yaml.YAMLError(str(error)) from error
+
+
 def _override(document: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
@@ -119,6 +128,6 @@ def _override(document: dict[str, Any], override: str) -> None:
         if not isinstance(document, dict):
             raise InputError(f"--set {override}: {section} is not a section of the recipe.")
     try:
-        document[last] = yaml.safe_load(text)
+        document[last] = _loaded(text)
     except yaml.YAMLError as error:
         raise InputError(f"--set {override}: the value is not valid YAML.") from error

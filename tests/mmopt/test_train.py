@@ -105,11 +105,52 @@ def test_a_number_of_a_recipe_that_is_not_finite_is_refused(
         ("training", "expected key=value"),
         ("model.name=x", "model is not a section"),
         ("model=[", "not valid YAML"),
+        ("output=2026-02-30", "not valid YAML"),
+        ("training.seed=" + "1" * 5000, "not valid YAML"),
+        ("model=" + "[" * 5000, "not valid YAML"),
     ],
+    ids=["no-value", "no-section", "open", "no-such-day", "digits", "deep"],
 )
 def test_a_malformed_set_says_what_is_expected(recipe: Path, override: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         read_recipe(recipe, [override])
+
+
+@pytest.mark.parametrize(
+    "text", ["model: [", "- model", "output: 2026-02-30", "model: " + "[" * 5000, b"model: \xff"]
+)
+def test_a_recipe_that_is_no_yaml_mapping_is_refused(tmp_path: Path, text: str | bytes) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(InputError, match=r"recipe\.yaml (is not valid YAML|holds no mapping)"):
+        read_recipe(path)
+    with pytest.raises(InputError, match=r"other\.yaml does not exist, expected a YAML recipe"):
+        read_recipe(tmp_path / "other.yaml")
+
+
+@pytest.mark.parametrize(
+    ("key", "inside", "outside"),
+    [
+        ("data.max_length", 1, 0),
+        ("adapter.rank", 1, 0),
+        ("adapter.alpha", 0.1, 0),
+        ("adapter.dropout", 0, -0.1),
+        ("adapter.dropout", 0.9, 1),
+        ("training.epochs", 0.1, 0),
+        ("training.batch_size", 1, 0),
+        ("training.learning_rate", 0.1, 0),
+        ("training.weight_decay", 0, -0.1),
+        ("training.warmup", 0, -0.1),
+        ("training.warmup", 0.9, 1),
+        ("training.seed", 0, -1),
+        ("training.seed", 2**32 - 1, 2**32),
+    ],
+)
+def test_the_bounds_of_a_recipe(recipe: Path, key: str, inside: float, outside: float) -> None:
+    section, _, name = key.partition(".")
+    assert getattr(getattr(read_recipe(recipe, [f"{key}={inside}"]), section), name) == inside
+    with pytest.raises(InputError, match=rf"{key}: Input should be (greater|less) than"):
+        read_recipe(recipe, [f"{key}={outside}"])
 
 
 @pytest.mark.parametrize(
@@ -172,6 +213,20 @@ def test_a_tokenizer_without_a_padding_token_is_refused(recipe: Path, decoder: P
     path.write_text(json.dumps(settings))
     with pytest.raises(InputError, match="has no padding token"):
         run_recipe(read_recipe(recipe, [f"model={decoder}"]))
+
+
+def test_a_model_without_a_tokenizer_is_refused(recipe: Path, decoder: Path) -> None:
+    for path in decoder.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(InputError, match=r"decoder has no tokenizer\. Save one beside it"):
+        run_recipe(read_recipe(recipe, [f"model={decoder}"]))
+
+
+def test_texts_of_one_label_are_refused(recipe: Path, tmp_path: Path) -> None:
+    data = tmp_path / "same.jsonl"
+    data.write_text('{"text": "a", "label": "one"}\n' * 8)
+    with pytest.raises(InputError, match=r"same\.jsonl has 1 label, expected two or more"):
+        run_recipe(read_recipe(recipe, [f"data.train={data}", f"data.test={data}"]))
 
 
 def test_an_output_that_is_not_empty_is_refused_first(recipe: Path, tmp_path: Path) -> None:

@@ -223,7 +223,7 @@ def load_config(folder: Path) -> Any:
     """The `config.json` of `folder`; InputError when it is damaged or of an unknown type."""
     try:
         return transformers.AutoConfig.from_pretrained(folder)
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, RecursionError, KeyError, OSError) as error:
         raise InputError(
             f"{folder / 'config.json'} is not a configuration that transformers "
             f"{transformers.__version__} knows: {one_line(error)}"
@@ -380,14 +380,21 @@ def finite(value: torch.Tensor) -> bool:
     return all(bool(torch.isfinite(bound)) for bound in torch.aminmax(value))
 
 
+def _shards(index: Path) -> set[str]:
+    """The names of the files that a `model.safetensors.index.json` lists."""
+    try:
+        return {str(name) for name in json.loads(index.read_bytes())["weight_map"].values()}
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{index} is damaged: {error!r}. Download the model again.") from error
+
+
 def _model_files(folder: Path) -> list[Path]:
     """The files that hold the model, which need not be every safetensors file of the folder."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
         return [single]
     if index.is_file():
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        return [folder / name for name in sorted(set(names))]
+        return [folder / name for name in sorted(_shards(index))]
     if (folder / "adapter_config.json").is_file():
         raise InputError(f"{folder} is an adapter. Pass its base as MODEL and it as --adapter.")
     raise InputError(
@@ -446,10 +453,8 @@ def check_weights(folder: Path) -> None:
             else f"{folder} has no *.safetensors weights. Pass a complete model folder."
         )
     index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        if absent := sorted(shards - {file.name for file in files}):
-            raise InputError(f"{folder} lacks {_first(absent)}, which {index.name} lists.")
+    if index.is_file() and (absent := sorted(_shards(index) - {file.name for file in files})):
+        raise InputError(f"{folder} lacks {_first(absent)}, which {index.name} lists.")
     for file in files:
         try:
             with safe_open(file, framework="pt"):

@@ -128,8 +128,10 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}, line {number}: not JSON ({error.msg}).") from error
+        # Integers of 5000 digits are no JSONDecodeError.
+        except (ValueError, RecursionError) as error:
+            fault = error.msg if isinstance(error, json.JSONDecodeError) else error
+            raise InputError(f"{path}, line {number}: not JSON ({fault}).") from error
         if not isinstance(row, dict):
             raise InputError(f"{path}, line {number}: expected an object, got {line[:80]}")
         yield number, row

@@ -117,8 +117,16 @@ def test_a_missing_shard_is_named(model: Path) -> None:
         load_checkpoint(str(model))
 
 
-def test_a_damaged_config_is_bad_input(model: Path) -> None:
-    (model / "config.json").write_text('{"model_type": "no-such-type"}')
+@pytest.mark.parametrize("text", ['{"weight_map": {"a": "mod', "[]", "{}", '{"weight_map": []}'])
+def test_a_damaged_list_of_shards_is_bad_input(model: Path, text: str) -> None:
+    (model / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(InputError, match=r"model\.safetensors\.index\.json is damaged: .*again"):
+        load_checkpoint(str(model))
+
+
+@pytest.mark.parametrize("text", ['{"model_type": "no-such-type"}', '{"a": ' + "[" * 100_000])
+def test_a_damaged_config_is_bad_input(model: Path, text: str) -> None:
+    (model / "config.json").write_text(text)
     with pytest.raises(InputError, match="not a configuration that transformers"):
         load_checkpoint(str(model))
 
@@ -197,6 +205,25 @@ def test_an_adapter_that_is_not_lora_is_named(
     config["peft_type"] = "IA3"
     (other / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match="is a IA3 adapter, expected LORA"):
+        load_checkpoint(str(classifier), adapters=[str(other)])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is not valid JSON"),
+        ('{"a": ' + "[" * 100_000, "is not valid JSON"),
+        ("[]", "holds no JSON object"),
+        ("{}", "has no peft_type, so it is no PEFT adapter"),
+    ],
+    ids=["cut", "deep", "list", "empty"],
+)
+def test_a_damaged_config_of_an_adapter_is_bad_input(
+    classifier: Path, adapter: Path, tmp_path: Path, text: str, message: str
+) -> None:
+    other = Path(shutil.copytree(adapter, tmp_path / "other"))
+    (other / "adapter_config.json").write_text(text)
+    with pytest.raises(InputError, match=rf"adapter_config\.json {message}"):
         load_checkpoint(str(classifier), adapters=[str(other)])
 
 

@@ -22,6 +22,8 @@ def test_texts_and_labels_are_read_and_blank_lines_skipped(tmp_path: Path) -> No
     [
         (b"", "has no lines"),
         (b'{"text": "a", "label": 1}\n{', "line 2: not JSON"),
+        (b'{"text": "a", "label": ' + b"1" * 5000 + b"}", "line 1: not JSON"),
+        (b'{"text": ' + b"[" * 100_000, "line 1: not JSON"),
         (b'{"txt": "a", "label": 1}', 'line 1: expected an object with a string "text"'),
         (b'["a"]', "line 1: expected an object"),
         (b'{"text": "a"}', 'line 1: expected a "label"'),

@@ -193,6 +193,17 @@ def test_what_keeps_to_the_budget_without_parity_is_not_taken(source: Path, tmp_
     assert [trial["parity"] for trial in record["auto"]["trials"]] == [False, False, True]
 
 
+def test_parity_does_not_make_up_for_what_is_beyond_the_budget(
+    source: Path, tmp_path: Path
+) -> None:
+    record = choose(
+        source, tmp_path / "out.onnx", [INT4, FP32], feeds(), None, 1e-7, parity=lambda *_: True
+    )
+    assert record["recipe"] == FP32.record()
+    *beyond, _ = [trial["parity"] for trial in record["auto"]["trials"]]
+    assert set(beyond) == {None}, "is measured within the budget only"
+
+
 def test_outputs_of_pytorch_are_what_the_error_is_measured_against(
     source: Path, tmp_path: Path
 ) -> None:
@@ -209,6 +220,7 @@ def test_outputs_of_pytorch_are_what_the_error_is_measured_against(
         (([], feeds(), None, 0.1), "auto has no candidates"),
         (([INT4], feeds(), None, -0.1), "--max-drop -0.1 is no budget"),
         (([INT4], feeds(), None, float("nan")), "--max-drop nan is no budget"),
+        (([INT4], feeds(), None, float("inf")), "--max-drop inf is no budget"),
     ],
 )
 def test_bad_input_is_refused(source: Path, tmp_path: Path, arguments: Any, message: str) -> None:

@@ -452,6 +452,28 @@ def run_plain(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def test_a_proof_of_readiness_grows_old(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A success of a while ago is asked for again, and a probe counts as no request."""
+    runner = Runner(artifact)
+    runs = RunQueue(1, 0.1)
+    probed: list[float] = []
+    monkeypatch.setattr("mmopt.serve.app.probe", lambda _model: probed.append(time.monotonic()))
+
+    async def ask(age: float) -> int:
+        runs.last_success = time.monotonic() - age
+        transport = httpx.ASGITransport(create_app(runner, runs))
+        async with httpx.AsyncClient(transport=transport, base_url="http://tiny") as client:
+            return (await client.get("/v2/health/ready")).status_code
+
+    try:
+        for age, probes in ((1.0, 0), (6.0, 1)):
+            assert asyncio.run(ask(age)) == 200
+            assert len(probed) == probes
+        assert runs.served == 0
+    finally:
+        runs.close()
+
+
 def test_a_port_in_use_is_one_message_and_exit_3(artifact: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])

@@ -11,6 +11,7 @@ import transformers
 import yaml
 
 from mmopt.train import read_recipe, run_recipe
+from mmopt.train.trainer import _reads_number_of_items
 from mmopt_export import load_checkpoint
 from mmopt_kernels.errors import CheckFailedError, InputError
 
@@ -52,6 +53,25 @@ def test_a_run_learns_and_saves_what_export_can_load(
     names = checkpoint.model.config.id2label
     right = [names[int(i)] == row["label"] for i, row in zip(predicted, rows, strict=True)]
     assert sum(right) / len(right) == report.test_accuracy
+
+
+def test_every_text_of_the_test_counts(recipe: Path, tmp_path: Path) -> None:
+    """One text is less than a batch, which training would drop."""
+    data = tmp_path / "test.jsonl"
+    row = read_recipe(recipe).data.test.read_text().splitlines()[0]
+    data.write_text(row + "\n")
+    report = run_recipe(read_recipe(recipe, [f"data.test={data}", "training.epochs=0.5"]))
+    assert report.test_examples == 1
+    assert report.test_accuracy in (0, 1)
+
+
+def test_only_a_loss_that_reads_the_number_of_labels_is_given_it() -> None:
+    """Trainer then leaves the mean over micro-batches to the loss."""
+    from transformers.loss.loss_utils import ForCausalLMLoss, ForSequenceClassificationLoss
+
+    assert _reads_number_of_items(ForCausalLMLoss)
+    assert not _reads_number_of_items(ForSequenceClassificationLoss)
+    assert not _reads_number_of_items(None)
 
 
 def test_optimized_and_plain_runs_reach_the_same_weights(recipe: Path, tmp_path: Path) -> None:

@@ -253,7 +253,7 @@ def test_an_output_that_is_not_empty_is_refused_first(recipe: Path, tmp_path: Pa
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "mine").write_text("x")
     with pytest.raises(InputError, match="not empty"):
-        run_recipe(read_recipe(recipe))
+        run_recipe(read_recipe(recipe, ["model=/no/such/model", "data.train=/no/such.jsonl"]))
 
 
 def test_a_test_label_that_was_never_trained_is_named(recipe: Path, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from onnx import TensorProto, helper, numpy_helper
 from tokenizers import models, pre_tokenizers
 
 from mmopt.serve.app import create_app
+from mmopt.serve.protocol import ModelError
 from mmopt.serve.queue import RunQueue
 from mmopt_export.manifest import record_files
 from mmopt_export.runtime import Runner
@@ -292,14 +293,18 @@ def test_a_body_beyond_the_cap_is_413(server: Server, chunked: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    "header", [{"Content-Encoding": "gzip"}, {"Inference-Header-Content-Length": "10"}]
+    ("header", "message"),
+    [
+        ({"Content-Encoding": "gzip"}, "Content-Encoding is 'gzip', expected none"),
+        ({"Inference-Header-Content-Length": "10"}, "binary tensors, expected JSON data"),
+    ],
 )
 def test_compressed_and_binary_bodies_are_refused_by_name(
-    server: Server, header: dict[str, str]
+    server: Server, header: dict[str, str], message: str
 ) -> None:
     response = server.client.post(INFER, content=b"{}", headers=header)
     assert response.status_code == 400
-    assert ", expected " in response.json()["error"]
+    assert message in response.json()["error"]
 
 
 def test_every_route_asks_for_the_key(artifact: Path) -> None:
@@ -472,6 +477,31 @@ def test_a_proof_of_readiness_grows_old(artifact: Path, monkeypatch: pytest.Monk
         assert runs.served == 0
     finally:
         runs.close()
+
+
+def test_a_probe_that_failed_is_tried_again(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = RunQueue(1, 0.1)
+    faults = iter([ModelError("the device is lost"), None])
+
+    def probe(_model: Any) -> None:
+        if fault := next(faults):
+            raise fault
+
+    monkeypatch.setattr("mmopt.serve.app.probe", probe)
+
+    async def ask_twice() -> list[httpx.Response]:
+        transport = httpx.ASGITransport(create_app(Runner(artifact), runs))
+        async with httpx.AsyncClient(transport=transport, base_url="http://tiny") as client:
+            return [await client.get("/v2/health/ready") for _ in range(2)]
+
+    try:
+        lost, back = asyncio.run(ask_twice())
+    finally:
+        runs.close()
+    assert (lost.status_code, lost.json()["error"]) == (503, "the device is lost")
+    assert back.status_code == 200
 
 
 def test_a_port_in_use_is_one_message_and_exit_3(artifact: Path) -> None:

@@ -297,6 +297,19 @@ def hold_against_the_oracle(case: Case) -> None:
         assert error <= 2 * allowed, f"{name}: {error:.2e}, PyTorch {allowed:.2e}"
 
 
+def test_lse_and_its_gradient_may_be_stored_in_any_order() -> None:
+    case = Case(S=19, T=21, sinks=True, dlse=True)
+    x = make(case)
+    rest = (None, None, x.sinks, None, False, 0.25, None, 0.0)
+    out, lse = kernel.launch(x.q, x.k, x.v, *rest)
+    inputs = (x.q, x.k, x.v, out)
+    want = kernel_backward.launch_backward(x.grad, x.grad_lse, *inputs, lse, *rest)
+    turned, turned_grad = (t.mT.contiguous().mT for t in (lse, x.grad_lse))
+    got = kernel_backward.launch_backward(x.grad, turned_grad, *inputs, turned, *rest)
+    for one, other in zip(got, want, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_gradients_are_bitwise_equal_between_runs() -> None:
     case = PLAIN[-2]
     x = make(case)

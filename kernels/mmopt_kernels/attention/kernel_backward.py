@@ -808,6 +808,8 @@ def launch_backward(
     bulk = over_keys.pop("BULK", False) and not _triton.interpreting()
     block_m, block_n = over_keys["BLOCK_M"], over_keys["BLOCK_N"]
     n_m, n_n = triton.cdiv(S, block_m), triton.cdiv(T, block_n)
+    # As the kernels store them, whatever the order of lse.
+    lse = lse.contiguous()
     delta, lse2 = torch.empty_like(lse), torch.empty_like(lse)
     tiles = runs = None
     if intervals:
@@ -834,7 +836,7 @@ def launch_backward(
         attention_backward_rows[(n_m * B * H,)](
             out,
             grad_out,
-            lse.contiguous(),
+            lse,
             None if grad_lse is None else grad_lse.contiguous(),
             lo,
             hi,

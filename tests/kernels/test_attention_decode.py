@@ -14,6 +14,7 @@ pytest.importorskip("triton", reason="runs Triton kernels")
 from mmopt_kernels import Intervals, _triton, attention
 from mmopt_kernels.attention import kernel, kernel_decode
 from mmopt_kernels.attention.reference import reference
+from program_order import last_program_first
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -136,6 +137,19 @@ def test_decode_matches_the_float64_oracle(case: Case, monkeypatch: pytest.Monke
     assert torch.equal(lse == float("-inf"), ~seen)
     torch.testing.assert_close(lse[seen].double(), want_lse[seen], atol=1e-5, rtol=1e-6)
     assert not out[~seen].any()
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU has its own order")
+def test_no_program_writes_into_the_place_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of a group and a head dimension that fill no tile, whichever program comes last."""
+    case = Case(Hq=6, Hkv=2, S=3, T=70, D=24, mask="left", sinks=True)
+    monkeypatch.setattr(kernel_decode, "splits", lambda *_: case.splits)
+    q, k, v = inputs(case)
+    want, want_lse = kernel_decode.launch_decode(q, k, v, *arguments(case))
+    with last_program_first():
+        out, lse = kernel_decode.launch_decode(q, k, v, *arguments(case))
+    assert torch.equal(out, want)
+    assert torch.equal(lse, want_lse)
 
 
 def test_keys_that_no_query_of_a_sequence_sees_are_not_read() -> None:

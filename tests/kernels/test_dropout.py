@@ -11,6 +11,7 @@ from torch import Tensor
 import mmopt_kernels.dropout.ops  # noqa: F401 - registers the op
 from mmopt_kernels.dropout.reference import keep_mask
 from mmopt_kernels.errors import KernelInputError
+from program_order import last_program_first
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -102,6 +103,15 @@ def test_mask_does_not_depend_on_the_tile(monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setattr(kernel, "BLOCK_M", rows)
         monkeypatch.setattr(kernel, "BLOCK_K", columns)
         assert torch.equal(kernel.launch(x, seed(), 0.4), want)
+
+
+@pytest.mark.skipif(DEVICE == "cuda" or not HAS_TRITON, reason="a GPU has its own order")
+def test_no_program_writes_into_the_place_of_another() -> None:
+    """Rows and columns that fill no tile, whichever program comes last."""
+    x = torch.ones(37, 700, device=DEVICE)
+    want = dropout(x, 0.4, "reference")
+    with last_program_first():
+        assert torch.equal(dropout(x, 0.4, "triton"), want)
 
 
 def test_rows_in_blocks_draw_what_all_rows_draw(monkeypatch: pytest.MonkeyPatch) -> None:

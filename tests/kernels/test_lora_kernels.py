@@ -26,6 +26,7 @@ from mmopt_kernels._descriptors import has_tma
 from mmopt_kernels.dropout.reference import keep_mask
 from mmopt_kernels.errors import KernelInputError
 from mmopt_kernels.lora_linear import kernel, kernel_backward
+from program_order import last_program_first
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -273,6 +274,19 @@ def test_launcher_matches_the_float64_oracle(case: Case, step: str) -> None:
         assert (value.double() - want).abs().max().item() <= limit, name
     for now, then in zip(x.buffers, before, strict=True):
         assert torch.equal(now.view(torch.uint8), then.view(torch.uint8))
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU has its own order")
+@pytest.mark.parametrize("step", STEPS)
+def test_no_program_writes_into_the_place_of_another(step: str) -> None:
+    """Tails of every size, with sums in one part and in several, whichever program comes last."""
+    run, _ = STEPS[step]
+    for case in (Case(M=19, K=21, N=23, R=3), Case(M=35, K=101, N=70, R=5, adapters=2)):
+        want = run(Inputs(case))
+        with last_program_first():
+            got = run(Inputs(case))
+        for name, value in want.items():
+            assert torch.equal(got[name], value), name
 
 
 def on_sm_90() -> AbstractContextManager[None]:

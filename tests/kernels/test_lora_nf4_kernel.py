@@ -14,6 +14,7 @@ pytest.importorskip("triton", reason="runs Triton kernels")
 from mmopt_kernels import NF4Weight, dequantize_nf4, tuning
 from mmopt_kernels.lora_linear.kernel_nf4 import up_nf4
 from nf4_weights import dense64, random_nf4
+from program_order import last_program_first
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SCALE = 0.5
@@ -94,6 +95,17 @@ def test_the_fused_layer_matches_the_float64_oracle(
     assert y.isfinite().all()
     want = oracle(weight, x, s, b, used)
     assert (y.double() - want).abs().max() <= TOLERANCE[dtype] * max(1.0, want.abs().max().item())
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU has its own order")
+@pytest.mark.parametrize("case", [CASES[0], CASES[8]], ids=str)
+def test_no_program_writes_into_the_place_of_another(case: Case) -> None:
+    """Tails of both tiles, in one part and in several, whichever program comes last."""
+    weight = moved(random_nf4(case.N, case.K, nested=case.nested))
+    x, s, b, bias = inputs(case, torch.float32, torch.float32)
+    want = up_nf4(x, weight, s, b, bias, SCALE)
+    with last_program_first():
+        assert torch.equal(up_nf4(x, weight, s, b, bias, SCALE), want)
 
 
 @pytest.mark.parametrize("K", [256, 100, 33])

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -70,6 +71,12 @@ class Case:
             # Tiles of 16 rows see the first, the last and again the first keys: several runs.
             lo = torch.where(i // 16 % 2 == 0, 0, T - 20).to(torch.int32)
             return lo, lo + 18
+        if self.mask == "later":
+            # The last of 16 rows misses one key of a block that the others see whole,
+            return i + 2, torch.full_like(i, T)
+        if self.mask == "earlier":
+            # or the first does.
+            return torch.zeros_like(i), i + 15
         assert self.mask == "random"
         g = torch.Generator().manual_seed(3)
         # Not monotone; may see nothing, and may reach beyond both ends.
@@ -266,6 +273,11 @@ def test_gradients_of_one_pass_match_the_float64_oracle(case: Case) -> None:
     assert asked.keys().isdisjoint(KERNELS[1:])
 
 
+@pytest.mark.parametrize("mask", ["later", "earlier"])
+def test_a_bound_that_moves_within_whole_blocks_matches_the_float64_oracle(mask: str) -> None:
+    hold_against_the_oracle(Case(Hq=1, Hkv=1, S=48, T=48, mask=mask, B=1))
+
+
 def hold_against_the_oracle(case: Case) -> None:
     x = make(case)
     before = [b.clone() for b in x.buffers]
@@ -406,6 +418,17 @@ def test_an_empty_row_among_rows_that_see_whole_blocks_stays_empty(
     assert lse[0, 0, 2].item() == pytest.approx(float("-inf") if sink is None else sink)
     others = lse[0, 0, [0, 1, 3, 4, 5]]
     assert (others.isfinite() if key == 0.0 else others.isnan()).all()
+
+
+@pytest.mark.parametrize("more", range(16))
+def test_a_causal_mask_needs_no_bounds_whatever_its_diagonal_starts_at(more: int) -> None:
+    """Which tiles need a mask is arithmetic on S and T, exact where the diagonal ends a tile."""
+    case = Case(Hq=1, Hkv=1, S=33, T=33 + more, causal=True, B=1)
+    x = make(case)
+    plain = run(case, x)
+    want = expected(case, x, torch.float64)
+    for name in ("dq", "dk", "dv"):
+        torch.testing.assert_close(plain[name].double(), want[name], atol=1e-5, rtol=1e-5)
 
 
 def test_runs_list_every_tile_that_a_key_block_meets_and_few_others() -> None:
@@ -561,6 +584,31 @@ def test_unaligned_tensors_are_loaded_through_pointers(
         torch.testing.assert_close(after[name], value, atol=2e-2, rtol=2e-2)
 
 
+@pytest.mark.parametrize("name", ["grad", "q", "k", "v", "out"])
+def test_backward_takes_one_tensor_that_is_stored_otherwise_than_the_rest(name: str) -> None:
+    """One that no descriptor describes, and whose strides 8 elements do not divide."""
+    case = Case(Hq=2, Hkv=1, S=17, T=20, D=24, causal=True, dtype=FP16, B=2)
+    x = make(case)
+    inputs = {n: in_aligned_poison(getattr(x, n)) for n in ("grad", "q", "k", "v")}
+    rest = (None, None, None, None, True, 0.2, None, 0.0)
+    inputs["out"], lse = kernel.launch(inputs["q"], inputs["k"], inputs["v"], *rest)
+
+    def backward(target: AbstractContextManager[None]) -> tuple[tuple[Tensor, ...], bool]:
+        grad, q, k, v, out = inputs.values()
+        with target, tiles(16, 16) as asked:
+            got = kernel_backward.launch_backward(grad, None, q, k, v, out, lse, *rest)
+        return got, asked["attention_backward_dq"].tma
+
+    want, described = backward(on_sm_90())
+    assert described
+    inputs[name] = in_poison(inputs[name])[0]
+    got, described = backward(on_sm_90())
+    # What the forward returned is read through pointers in any case.
+    assert described is (name == "out")
+    for one, other in zip(got, want, strict=True):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize(
     "case",
     [
@@ -569,11 +617,26 @@ def test_unaligned_tensors_are_loaded_through_pointers(
     ],
     ids=str,
 )
-def test_dk_and_dv_of_two_launches_are_those_of_one(case: Case) -> None:
+def test_dk_and_dv_of_two_launches_are_those_of_one(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
     x = make(case)
     both = run(case, x)
+    made = []
+    over_keys = kernel_backward.attention_backward_dkdv
+
+    class Recorder:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            def launch(*args: Any, **options: Any) -> None:
+                made.append([n for n in ("DK", "DV") if options[n]])
+                over_keys[grid](*args, **options)
+
+            return launch
+
+    monkeypatch.setattr(kernel_backward, "attention_backward_dkdv", Recorder())
     with tiles(16, 16, split=True):
         split = run(case, x)
+    assert sorted(made) == [["DK"], ["DV"]]
     for name, value in both.items():
         assert torch.equal(value, split[name]), name
 

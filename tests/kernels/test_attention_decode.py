@@ -152,6 +152,22 @@ def test_no_program_writes_into_the_place_of_another(monkeypatch: pytest.MonkeyP
     assert torch.equal(lse, want_lse)
 
 
+def test_scores_far_below_zero_meet_no_absent_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a split that is not there the maximum reads 0, and exp2(0 - maximum) overflows."""
+    case = Case(T=150, splits=3)
+    monkeypatch.setattr(kernel_decode, "splits", lambda *_: case.splits)
+    q, k, v = inputs(case)
+    q.copy_(6 + q / 8)
+    k.copy_(-9 + k / 8)
+    rest = arguments(case)
+    out, lse = kernel_decode.launch_decode(q, k, v, *rest)
+    want, want_lse = reference(q.double(), k.double(), v.double(), *rest)
+    assert want_lse.max() < -150
+    # The float32 rounding of a score, of some 200, is that of a probability.
+    torch.testing.assert_close(out.double(), want, atol=2e-4, rtol=0)
+    torch.testing.assert_close(lse.double(), want_lse, atol=0, rtol=1e-6)
+
+
 def test_keys_that_no_query_of_a_sequence_sees_are_not_read() -> None:
     """A static cache is longer than its sequences, and may hold anything behind them."""
     case = Case(S=2, T=150, causal=False)

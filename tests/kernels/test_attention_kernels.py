@@ -420,6 +420,23 @@ def test_an_empty_row_among_rows_that_see_whole_blocks_stays_empty(
     assert (others.isfinite() if key == 0.0 else others.isnan()).all()
 
 
+@pytest.mark.parametrize("one_pass", [False, True], ids=["two-passes", "one-pass"])
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+def test_scores_far_below_zero_meet_no_absent_key_or_row(causal: bool, one_pass: bool) -> None:
+    """Of what is not there the score reads 0, and exp2(0 - lse) overflows."""
+    case = Case(S=19, T=21, D=24, causal=causal, dtype=FP16)
+    x = make(case)
+    x.q.copy_(5 + x.q / 8)
+    x.k.copy_(-9 + x.k / 8)
+    with tiles(16, 16, one_pass=one_pass):
+        got = run(case, x)
+    want, rough = expected(case, x, torch.float64), expected(case, x, FP16)
+    assert want["lse"].max() < -150
+    for name, value in want.items():
+        limit = 2 * (rough[name].double() - value).abs().max().item()
+        torch.testing.assert_close(got[name].double(), value, atol=limit, rtol=0)
+
+
 @pytest.mark.parametrize("more", range(16))
 def test_a_causal_mask_needs_no_bounds_whatever_its_diagonal_starts_at(more: int) -> None:
     """Which tiles need a mask is arithmetic on S and T, exact where the diagonal ends a tile."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -166,6 +167,18 @@ def test_scores_far_below_zero_meet_no_absent_split(monkeypatch: pytest.MonkeyPa
     # The float32 rounding of a score, of some 200, is that of a probability.
     torch.testing.assert_close(out.double(), want, atol=2e-4, rtol=0)
     torch.testing.assert_close(lse.double(), want_lse, atol=0, rtol=1e-6)
+
+
+@pytest.mark.parametrize("launch", [kernel.launch, kernel_decode.launch_decode])
+def test_strided_and_expanded_sinks_are_read_right(launch: Callable[..., Any]) -> None:
+    case = Case(T=40)
+    q, k, v = inputs(case)
+    lo, hi, _, *rest = arguments(case)
+    one = torch.full((1,), 0.5, device=DEVICE).expand(4)
+    for sinks in (torch.linspace(-3, 4, 8, device=DEVICE)[::2], one):
+        want = launch(q, k, v, lo, hi, sinks.clone(memory_format=torch.contiguous_format), *rest)
+        for got, expected in zip(launch(q, k, v, lo, hi, sinks, *rest), want, strict=True):
+            assert torch.equal(got, expected)
 
 
 def test_keys_that_no_query_of_a_sequence_sees_are_not_read() -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import mmopt_kernels.dropout.ops  # noqa: F401 - registers the op
+from mmopt_kernels._philox import dropout_scales
 from mmopt_kernels.dropout.reference import keep_mask
 from mmopt_kernels.errors import KernelInputError
 from program_order import last_program_first
@@ -112,6 +113,41 @@ def test_no_program_writes_into_the_place_of_another() -> None:
     want = dropout(x, 0.4, "reference")
     with last_program_first():
         assert torch.equal(dropout(x, 0.4, "triton"), want)
+
+
+def test_rows_that_are_far_apart_are_read_where_they_are() -> None:
+    """As the last tokens of long sequences are: past 2**31 elements from the first."""
+    stride = 1_200_000_000
+    # Memory that is never touched takes none. An offset that wraps would fall into it too.
+    buffer = torch.empty(2 * 10**9 + 2 * stride + 64, dtype=torch.float16, device=DEVICE)
+    near = torch.randn(3, 64, device=DEVICE).half()
+    far = buffer.as_strided(near.shape, (stride, 1), 2 * 10**9).copy_(near)
+    for impl in IMPLS:
+        assert torch.equal(dropout(far, 0.4, impl), dropout(near, 0.4, impl))
+
+
+if HAS_TRITON:
+    import triton
+    import triton.language as tl
+
+    from mmopt_kernels.dropout.kernel import kept
+
+    @triton.jit
+    def draw(p_seed, p_kept, i_m, threshold, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+        """What the kernels keep of the rows from i_m on."""
+        o_m = i_m + tl.arange(0, ROWS).to(tl.int64)
+        o_kept = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+        m_kept = kept(tl.load(p_seed), o_m, 0, threshold, COLUMNS)
+        tl.store(p_kept + o_kept, m_kept.to(tl.int8))
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="runs a Triton kernel")
+@pytest.mark.parametrize("start", [2**31 - 7, 2**32 - 7, 2**40 + 5])
+def test_kernels_count_rows_in_64_bits(start: int) -> None:
+    threshold, _ = dropout_scales(0.4)
+    got = torch.empty(16, 32, dtype=torch.int8, device=DEVICE)
+    draw[(1,)](seed(), got, start, threshold, ROWS=16, COLUMNS=32)
+    assert torch.equal(got.bool(), keep_mask(seed(), 0.4, 16, 32, start))
 
 
 def test_rows_in_blocks_draw_what_all_rows_draw(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,7 +62,15 @@ def test_rules_are_followed_where_they_fit_and_can_be(target: str, step: str) ->
     for dtype, D, (S, T), (Hq, Hkv), causal in itertools.product(
         (FP32, FP16, BF16, torch.float64),
         (16, 64, 72, 80, 100, 128, 256),
-        ((1, 4096), (1023, 1023), (1024, 1024), (1024, 4096), (4096, 1024), (16384, 16384)),
+        (
+            (1, 4096),
+            (1023, 1023),
+            (1024, 1023),
+            (1024, 1024),
+            (1024, 4096),
+            (4096, 1024),
+            (16384, 16384),
+        ),
         ((8, 8), (8, 2), (8, 1)),
         (False, True),
     ):
@@ -134,6 +142,8 @@ def test_every_rule_can_be_followed_and_says_where_it_is_from() -> None:
         ("flash", {"D": 256}, True, "sm_120", "256 is not a multiple of 8 up to 192"),
         ("flash", {"T": 1, "Hkv": 1}, False, "gfx942", None),
         ("flash", {"D": 264}, False, "gfx942", "head dimension 264"),
+        ("cudnn", {"Hq": 70000, "S": 2, "T": 2}, False, "sm_90", "2 sequences of 70000 heads"),
+        ("flash", {"S": 0}, False, "sm_80", "2048 keys for 0 queries are too few"),
         ("flash", {"B": 0}, False, "sm_80", "2048 keys for 2048 queries are too few"),
         ("efficient", {"dtype": FP32}, True, "sm_80", None),
         ("efficient", {"Hkv": 4}, True, "sm_80", "4 key heads are not 8"),
@@ -269,6 +279,24 @@ def test_one_query_of_a_causal_call_sees_every_key(
         dispatch.forward(backend, q, k, v, True, 0.1)
         dispatch.backward(backend, q, q, k, v, q, q[..., 0], True, 0.1)
     assert seen == [False, False, True, True]
+
+
+def test_rows_that_pad_lse_have_no_probability(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The efficient kernel's backward reads whole 32 rows: exp(score - inf) is 0."""
+    given = []
+
+    class Aten:
+        @staticmethod
+        def _scaled_dot_product_efficient_attention_backward(*args: Any, **_: Any) -> Any:
+            given.append(args[6])
+            return args[:4]
+
+    monkeypatch.setattr(dispatch, "aten", Aten)
+    q, lse = torch.zeros(1, 2, 77, 8), torch.ones(1, 2, 77)
+    dispatch.backward("efficient", q, q, q, q, q, lse, False, 0.1)
+    assert given[0].shape == (1, 2, 96)
+    assert torch.equal(given[0][..., :77], lse)
+    assert (given[0][..., 77:] == float("inf")).all()
 
 
 @pytest.mark.usefixtures("built", "ruled")

@@ -9,7 +9,7 @@ import torch
 
 from mmopt_kernels.inspection import TARGETS
 from mmopt_kernels.lora_linear import dispatch
-from mmopt_kernels.lora_linear.dispatch import STEPS, Plan, Rule, plan
+from mmopt_kernels.lora_linear.dispatch import STEPS, Plan, Rule, Step, plan
 
 BF16, FP32 = torch.bfloat16, torch.float32
 HALF = (torch.float16, torch.bfloat16)
@@ -118,6 +118,19 @@ def test_a_rule_holds_within_its_bounds_and_not_beyond() -> None:
         (BF16, 16, 2, 100, False),
     ):
         assert not rule.holds(*wrong)
+
+
+@pytest.mark.parametrize(
+    ("step", "length"),
+    [("down", 3), ("up", 3), ("up_backward", 2), ("dx", 2), ("down_backward", 1), ("add", 4)],
+)
+def test_a_rule_asks_for_the_length_of_its_own_steps_sum(
+    step: Step, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of M = 1, N = 2, K = 3 and R = 4."""
+    rule = Rule(step, HALF, None, (1, None), (1, None), (length, length), "a test")
+    monkeypatch.setattr(dispatch, "rules_for", lambda _: (rule,))
+    assert auto(f"a test of {step}", M=1, N=2, K=3, R=4) == {step}
 
 
 def test_a_plan_names_each_step_once() -> None:

@@ -61,7 +61,8 @@ class Rule:
         dropout: only with, or only without, or either (None).
         rows: of M.
         ranks: of R.
-        sums: of the length of the step's large sum: K for up, N for dx; K or N elsewhere.
+        sums: of the length of the step's large sum: K for down and up, N for up_backward and dx, M
+            for down_backward, R for add.
         source: the arithmetic or the measurement.
     """
 

@@ -184,6 +184,16 @@ def test_a_table_entry_sets_the_tile() -> None:
     torch.testing.assert_close(y, want, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("K", [72, 100])
+def test_a_table_entry_is_for_aligned_words_alone(K: int) -> None:
+    """Blocks that cross rows and rows that begin within a word need more registers."""
+    x, s, b, bias = inputs(Case(2, 33, K), torch.float32, torch.float32)
+    tile = {"BLOCK_N": 32, "BLOCK_K": 64, "num_warps": 4}
+    with tuning.forcing({"lora_linear_nf4": tile}) as asked:
+        up_nf4(x, moved(random_nf4(33, K)), s, b, bias, SCALE)
+    assert not asked
+
+
 def test_no_outputs_and_no_rows_launch_nothing() -> None:
     weight = moved(random_nf4(4, 64))
     x = torch.zeros(0, 64, device=DEVICE)

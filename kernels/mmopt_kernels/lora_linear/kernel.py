@@ -349,6 +349,14 @@ def described(x: Tensor, tile: tuning.Config, rows: str, columns: str) -> Tensor
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [tile[rows], tile[columns]])
 
 
+def raw_factor(a: Tensor, dtype: torch.dtype) -> Tensor:
+    """A factor that the kernel itself rounds to dtype.
+
+    But for Triton's interpreter, which rounds to bfloat16 towards zero.
+    """
+    return factor(a, dtype) if _triton.must_widen(dtype) else unit_rows(a)
+
+
 def operands(dtype: torch.dtype) -> dict[str, object]:
     """How every kernel here multiplies."""
     return {"WIDEN": _triton.must_widen(dtype), "PRECISION": _triton.dot_precision()}
@@ -446,7 +454,7 @@ def up(
     x: Tensor, weight: Tensor, s: Tensor, b: Tensor, bias: Tensor | None, scale: float
 ) -> Tensor:
     """y = x weightᵀ + bias + scale s bᵀ, ``[M, N]``; weight may be stored in any order."""
-    x, s, b = unit_rows(x), unit_rows(s), unit_rows(b)
+    x, s, b = unit_rows(x), unit_rows(s), raw_factor(b, x.dtype)
     # The kernel walks it by one element. A part of a fused layer's may be strided, or expanded.
     bias = None if bias is None else bias.contiguous()
     (M, K), N, R = x.shape, weight.shape[0], b.shape[1]

@@ -31,6 +31,7 @@ from mmopt_kernels.lora_linear.kernel import (
     factor,
     grouped_tile,
     operands,
+    raw_factor,
     reduce,
     shipped_tile,
     splits,
@@ -387,7 +388,7 @@ def up_backward(
         adapter_index, owner: as of `down`; ds is 0 where s is.
         need_b: without it db is None.
     """
-    dy, s, b = unit_rows(dy), unit_rows(s), unit_rows(b)
+    dy, s, b = unit_rows(dy), unit_rows(s), raw_factor(b, dy.dtype)
     (M, N), R = dy.shape, b.shape[1]
     ds = dy.new_empty(M, R)
     if dy.numel() == 0 or R == 0:
@@ -509,7 +510,7 @@ def input_backward(
     dy: Tensor, weight: Tensor, ds: Tensor, a: Tensor, seed: Tensor | None, dropout_p: float
 ) -> Tensor:
     """dx = dy weight + keep / (1 - p) (ds a), ``[M, K]``; weight may be stored in any order."""
-    dy, ds, a = unit_rows(dy), unit_rows(ds), unit_rows(a)
+    dy, ds, a = unit_rows(dy), unit_rows(ds), raw_factor(a, dy.dtype)
     (M, N), (R, K) = dy.shape, a.shape
     dx = dy.new_empty(M, K)
     if dx.numel() == 0:

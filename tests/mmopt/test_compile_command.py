@@ -144,6 +144,7 @@ def test_one_json_document_has_every_figure_with_its_unit(bert: tuple[Path, Path
     assert all(found["first_call_seconds"][name] > 0 for name in (COMPILED, ATTACHED))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_inductor")
 def test_training_on_own_examples_compares_gradients_and_shows_tables(
     bert: tuple[Path, Path], texts: Path
@@ -168,6 +169,7 @@ def test_training_on_own_examples_compares_gradients_and_shows_tables(
     assert "images/s" not in shown
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_inductor")
 def test_half_precision_is_held_against_float32_of_the_same_weights(
     bert: tuple[Path, Path],

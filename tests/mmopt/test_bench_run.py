@@ -80,6 +80,7 @@ def artifact(checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
+@pytest.mark.slow
 def test_every_fitting_backend_is_measured_at_every_point(checkpoint: str, artifact: str) -> None:
     grid = parse_grid(["batch=1,2", "length=8"])
     report = bench_run([checkpoint, artifact], grid=grid, rounds=3)

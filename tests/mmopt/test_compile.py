@@ -87,7 +87,8 @@ def test_one_graph_trains_at_every_length_and_matches_eager(factory):
     assert len(compiled.recompiles) == 1
 
 
-@pytest.mark.parametrize("mode", [pytest.param("infer", marks=pytest.mark.slow), "train"])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["infer", "train"])
 def test_the_graph_is_lowered_once_and_the_second_time_taken_from_the_cache(mode, tmp_path):
     torch._dynamo.reset()
     lowered = torch._dynamo.utils.counters["aot_autograd"]

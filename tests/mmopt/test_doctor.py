@@ -46,6 +46,7 @@ def by_name(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {line["name"]: line for line in document["lines"]}
 
 
+@pytest.mark.slow
 def test_the_cpu_target_works_where_the_tests_run() -> None:
     code, document = run("--target", "cpu")
     lines = by_name(document)

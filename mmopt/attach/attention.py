@@ -7,6 +7,7 @@ only the second would make transformers drop the mask without a word.
 """
 
 import ast
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -210,9 +211,9 @@ def _mask_of_its_own(tower: Any, towers: list[Any]) -> str | None:
         name = type(module).__name__
         if name.endswith("Bias"):
             return f"{name} makes a bias of positions, which is added to the scores"
-        tree = _source(type(module))
         inside = any(type(child) is nn.MultiheadAttention for child in module.children())
-        if inside and tree is not None and "create_bidirectional_mask(" in ast.unparse(tree):
+        tree = _source(type(module)) if inside else None
+        if tree is not None and "create_bidirectional_mask(" in ast.unparse(tree):
             return f"{name} makes a mask for torch's nn.MultiheadAttention by the same config"
     for outer in towers:
         if tower not in outer.modules():
@@ -226,9 +227,9 @@ def _mask_of_its_own(tower: Any, towers: list[Any]) -> str | None:
 
 def _masks_called(kind: type, caller: Any) -> list[Any]:
     """The functions of the module of `kind`, its methods too, that `caller` calls for a mask."""
-    found = parsed(caller) if kind.__module__.startswith("transformers.models.") else None
+    tree = _tree(caller) if kind.__module__.startswith("transformers.models.") else None
     functions = []
-    for node in ast.walk(found[0]) if found is not None else ():
+    for node in ast.walk(tree) if tree is not None else ():
         if not isinstance(node, ast.Call):
             continue
         called: Any = None
@@ -247,10 +248,10 @@ def _masks_called(kind: type, caller: Any) -> list[Any]:
 
 def _adds_to_scores(kind: type, function: Any, above: tuple[Any, ...] = ()) -> bool:
     """Whether a function, or one that it calls for a mask, hides with the dtype's least number."""
-    found = parsed(function)
-    if found is None or function in above:
+    tree = _tree(function)
+    if tree is None or function in above:
         return False
-    return "torch.finfo(" in ast.unparse(found[0]) or any(
+    return "torch.finfo(" in ast.unparse(tree) or any(
         _adds_to_scores(kind, called, (*above, function))
         for called in _masks_called(kind, function)
     )
@@ -297,7 +298,14 @@ def _has_no_mask(tower: Any) -> bool:
 
 def _source(kind: type) -> ast.Module | None:
     """The forward of a class, None where its source is not at hand."""
-    found = parsed(kind.forward)  # type: ignore[attr-defined]
+    return _tree(kind.forward)  # type: ignore[attr-defined]
+
+
+# Many layers share a forward, and parsing it is most of what attaching costs.
+@functools.lru_cache(maxsize=1024)
+def _tree(function: Callable[..., Any]) -> ast.Module | None:
+    """The source of a function, to be read only: it is shared."""
+    found = parsed(function)
     return None if found is None else found[0]
 
 

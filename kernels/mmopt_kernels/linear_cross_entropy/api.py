@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mmopt_kernels._autocast import autocast_dtype
+from mmopt_kernels._scale import check_scale
 from mmopt_kernels._transforms import refuse_transforms
 from mmopt_kernels.errors import KernelInputError
 
@@ -103,7 +104,8 @@ def linear_cross_entropy(
         bias = None if bias is None else bias.to(dtype)
     _check(hidden, weight, labels, bias, token_weights, lora)
     if lora is not None and isinstance(lora.scale, Tensor):
-        _check_scale(hidden, lora.scale)
+        why = "the op takes one adapter"
+        check_scale("linear_cross_entropy", "lora.scale", lora.scale, None, why, "hidden", hidden)
     _check_options(softcap, label_smoothing, z_loss, reduction, impl)
     a = b = None
     if lora is not None:
@@ -234,21 +236,6 @@ def _check(
                 f"{op}: {name} is on {t.device}, expected {hidden.device} like hidden. "
                 f"Move it to {hidden.device}."
             )
-
-
-def _check_scale(hidden: Tensor, scale: Tensor) -> None:
-    op = "linear_cross_entropy"
-    if scale.dim() or scale.is_complex():
-        raise KernelInputError(
-            f"{op}: lora.scale is {scale.dtype} {tuple(scale.shape)}, expected a real number of no "
-            "dimension. Pass alpha / R; the op takes one adapter."
-        )
-    # As in PyTorch's own arithmetic, it may stay on the CPU.
-    if scale.device != hidden.device and scale.device.type != "cpu":
-        raise KernelInputError(
-            f"{op}: lora.scale is on {scale.device}, expected {hidden.device} like hidden. "
-            f"Move it to {hidden.device}."
-        )
 
 
 def _check_options(

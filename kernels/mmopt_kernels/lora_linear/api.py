@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mmopt_kernels import quantized
 from mmopt_kernels._autocast import autocast_dtype
+from mmopt_kernels._scale import check_scale
 from mmopt_kernels._seed import check_dropout, seed_on
 from mmopt_kernels._transforms import refuse_transforms
 from mmopt_kernels.errors import KernelInputError
@@ -452,27 +453,9 @@ def _check(
                 f"Move {name} to {x.device}."
             )
     if isinstance(scale, Tensor):
-        _check_scale(op, of, x, scale, a.shape[0] if stacked else None)
-
-
-def _check_scale(op: str, of: str, x: Tensor, scale: Tensor, adapters: int | None) -> None:
-    if scale.dim() and tuple(scale.shape) != (adapters,):
-        expected = "()" if adapters is None else f"() or ({adapters},)"
-        why = "adapter_index is None" if adapters is None else f"a holds {adapters} adapters"
-        raise KernelInputError(
-            f"{op}: {of}scale has shape {tuple(scale.shape)}, expected {expected} because {why}. "
-            "Pass one number for each adapter."
-        )
-    if scale.is_complex():
-        raise KernelInputError(
-            f"{op}: {of}scale is {scale.dtype}, expected a real number. Pass alpha / R."
-        )
-    # A tensor without dimensions may stay on the CPU, as in PyTorch's own arithmetic.
-    if scale.device != x.device and (scale.dim() or scale.device.type != "cpu"):
-        raise KernelInputError(
-            f"{op}: {of}scale is on {scale.device}, expected {x.device} like x. "
-            f"Move scale to {x.device}."
-        )
+        adapters = a.shape[0] if stacked else None
+        why = f"a holds {adapters} adapters" if stacked else "adapter_index is None"
+        check_scale(op, f"{of}scale", scale, adapters, why, "x", x)
 
 
 def _check_magnitude(op: str, x: Tensor, magnitude: Tensor, b: Tensor) -> None:

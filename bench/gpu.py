@@ -98,7 +98,7 @@ def tune(words: str, folder: Path) -> None:
         if all(word in f"{one.kernel} {one.name}" for word in words.split())
     ]
     if not words:
-        gpu_warm.compile_beforehand(processes(), gpu_tune.run, gpu_tune.tasks())
+        gpu_warm.compile_beforehand(processes(), gpu_tune.run, range(len(chosen)))
     for launch in chosen:
         found = gpu_tune.tune(launch, folder)
         (_, now), *_ = found.timings

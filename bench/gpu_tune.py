@@ -11,11 +11,10 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import gpu_peers
 import torch
-from gpu_peers import TIMER, Unavailable, seeded
+from gpu_peers import TIMER, seeded
 from torch import Tensor
 
 from mmopt.measure.statistics import median
@@ -159,29 +158,18 @@ def tune(
 
 # --- compiling beforehand, see gpu_warm.py --------------------------------------------------------
 
-Task = tuple[int, int]
-"""Index of the launch, and of the candidate."""
 
-
-def tasks() -> list[Task]:
-    # None of the attention kernels is wider than its head, nor a rank than what a program holds.
-    most = max(len(candidates.candidates(one.kernel, 128)) for one in launches())
-    return [(index, candidate) for index in range(len(launches())) for candidate in range(most)]
-
-
-def run(task: Task, device: str = gpu_peers.DEVICE) -> str | None:
-    """Launch one candidate once; why it could not, where it could not: tuning will say so."""
-    index, candidate = task
+def run(index: int, device: str = gpu_peers.DEVICE) -> list[str]:
+    """Launch the index-th of `launches` by every candidate once; why not, where one could not."""
     launch = launches()[index]
     call = launch.make(device)
     with tuning.forcing({}) as asked:
         call()
-    known: Any = candidates.candidates(launch.kernel, asked[launch.kernel].width)
-    if candidate >= len(known):
-        return None
-    try:
-        with tuning.forcing({launch.kernel: known[candidate]}):
-            call()
-    except (Unavailable, RuntimeError, ValueError) as reason:
-        return f"{type(reason).__name__}: {reason}"
-    return None
+    reasons = []
+    for config in candidates.candidates(launch.kernel, asked[launch.kernel].width)[1:]:
+        try:
+            with tuning.forcing({launch.kernel: config}):
+                call()
+        except Exception as reason:  # noqa: BLE001 - of one candidate: tuning will say so
+            reasons.append(f"{type(reason).__name__}: {reason}")
+    return reasons

@@ -291,11 +291,12 @@ def test_every_candidate_of_a_launch_is_compiled_beforehand(
     tuner = importlib.import_module("gpu_tune")
     launches = [small(one) for one in tuner.launches() if one.kernel == "lora_linear_down"][:1]
     monkeypatch.setattr(tuner, "launches", lambda: launches)
-    monkeypatch.setattr(candidates, "candidates", lambda kernel, width: [None, {"BLOCK_M": 3}])
-    assert tuner.tasks() == [(0, 0), (0, 1)]
-    assert tuner.run((0, 0), "cpu") is None
-    assert "BLOCK_M" in str(tuner.run((0, 1), "cpu"))
-    assert tuner.run((0, 2), "cpu") is None
+    known = candidates.candidates("lora_linear_down", 16)
+    tried = [None, {"BLOCK_M": 3}, known[1], {"num_stages": 0}]
+    monkeypatch.setattr(candidates, "candidates", lambda kernel, width: tried)
+    first, last = tuner.run(0, "cpu")
+    assert "BLOCK_M" in first
+    assert "num_stages" in last
 
 
 def test_samples_of_our_timers_reach_pytest_benchmark_unchanged(

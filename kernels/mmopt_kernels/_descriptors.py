@@ -1,8 +1,11 @@
-"""What the tensor memory accelerator (TMA) of a GPU can be told to load and store."""
+"""What the tensor memory accelerator (TMA) of a GPU is told to load and store."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 def has_tma(target: str) -> bool:
@@ -24,3 +27,12 @@ def describable(*tensors: Tensor) -> bool:
             if size > 1 and (stride % step or stride == 0):
                 return False
     return True
+
+
+def descriptor(x: Tensor, block: Sequence[int]) -> TensorDescriptor:
+    """Of a `describable` tensor, by such blocks; Triton encodes it anew at every launch."""
+    # No step is ever taken along a dimension of size 1, whose stride may be anything.
+    pairs = list(zip(x.shape[:-1], x.stride()[:-1], strict=True))
+    widest = max((stride for n, stride in pairs if n > 1), default=block[-1])
+    spread = [stride if n > 1 else widest for n, stride in pairs]
+    return TensorDescriptor(x, list(x.shape), [*spread, 1], list(block))

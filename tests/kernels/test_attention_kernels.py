@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +19,10 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="runs Triton kernels")
 
-from mmopt_kernels import _triton, attention, tuning
-from mmopt_kernels._descriptors import describable, has_tma
+from described import descriptors_made, on_sm_90
+from mmopt_kernels import attention, tuning
+from mmopt_kernels._descriptors import describable
 from mmopt_kernels.attention import kernel, kernel_backward
-from mmopt_kernels.attention import tiles as tiles_module
 from program_order import last_program_first
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -520,28 +520,6 @@ DESCRIBED = [
 ]
 
 
-def on_sm_90() -> AbstractContextManager[None]:
-    """Launchers take the interpreter for a GPU with TMA; a GPU is taken as it is."""
-    if DEVICE == "cpu":
-        return _triton.assuming("sm_90")
-    if not has_tma(_triton.target(torch.device(DEVICE, torch.cuda.current_device()))):
-        pytest.skip("this GPU has no TMA")
-    return nullcontext()
-
-
-def loads_through_descriptors(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many descriptors each launch makes, in order, from here on."""
-    made = [0]
-    described = tiles_module.TensorDescriptor
-
-    def count(*args: object) -> object:
-        made[0] += 1
-        return described(*args)
-
-    monkeypatch.setattr(tiles_module, "TensorDescriptor", count)
-    return made
-
-
 @pytest.mark.parametrize("case", DESCRIBED, ids=str)
 def test_descriptors_and_pointers_give_the_same_bits(
     case: Case, monkeypatch: pytest.MonkeyPatch
@@ -550,12 +528,12 @@ def test_descriptors_and_pointers_give_the_same_bits(
     x = make(case)
     x.q, x.k, x.v, x.grad = (in_aligned_poison(t) for t in (x.q, x.k, x.v, x.grad))
     pointers = run(case, x)
-    made = loads_through_descriptors(monkeypatch)
+    made = descriptors_made(monkeypatch)
     with on_sm_90(), tiles(16, 16, tma=True) as asked:
         described = run(case, x)
     assert set(asked) == {*KERNELS, ONE_PASS}
     # q, k, v and out; q, k, v, dout, dk and dv; q, k, v, dout and dq.
-    assert made == [4 + 6 + 5]
+    assert len(made) == 4 + 6 + 5
     for name, value in pointers.items():
         assert value.isfinite().all() or name == "lse", name
         assert torch.equal(value, described[name]), name
@@ -590,13 +568,13 @@ def test_unaligned_tensors_are_loaded_through_pointers(
     """On a target whose table asks for descriptors, and with its own tiles."""
     x = make(case)
     before = run(case, x)
-    made = loads_through_descriptors(monkeypatch)
+    made = descriptors_made(monkeypatch)
     with on_sm_90(), tuning.forcing({}):
         after = run(case, x)
-        assert made == [0]
+        assert made == []
         x.q, x.k, x.v, x.grad = (in_aligned_poison(t) for t in (x.q, x.k, x.v, x.grad))
         run(case, x)
-    assert made[0] == 0 if case.D == 20 else made[0] >= 4
+    assert made == [] if case.D == 20 else len(made) >= 4
     for name, value in before.items():
         torch.testing.assert_close(after[name], value, atol=2e-2, rtol=2e-2)
 
@@ -667,10 +645,10 @@ def test_one_pass_through_descriptors_is_that_through_pointers(
     x.q, x.k, x.v, x.grad = (in_aligned_poison(t) for t in (x.q, x.k, x.v, x.grad))
     with tiles(16, 16, one_pass=True):
         pointers = run(case, x)
-    made = loads_through_descriptors(monkeypatch)
+    made = descriptors_made(monkeypatch)
     with on_sm_90(), tiles(16, 16, tma=True, one_pass=True):
         described = run(case, x)
-    assert made == [4 + 6]  # as of two passes, without those of dQ
+    assert len(made) == 4 + 6  # as of two passes, without those of dQ
     limit = 4 * torch.finfo(case.dtype).eps
     torch.testing.assert_close(described.pop("dq"), pointers.pop("dq"), rtol=limit, atol=1e-5)
     for name, value in pointers.items():

@@ -12,6 +12,7 @@ from mmopt_kernels._autocast import autocast_dtype
 from mmopt_kernels._seed import check_dropout, seed_on
 from mmopt_kernels._transforms import refuse_transforms
 from mmopt_kernels.attention import cpu
+from mmopt_kernels.attention.bounds import require_tensor
 from mmopt_kernels.attention.intervals import Intervals
 from mmopt_kernels.attention.ops import DTYPES, IMPLS  # registers the op too
 from mmopt_kernels.errors import KernelInputError
@@ -169,12 +170,10 @@ def _check_types(
     sinks: Tensor | None,
 ) -> None:
     """What would otherwise fail without its name, or be taken for something else."""
-    for name, x in (("q", q), ("k", k), ("v", v), ("sinks", sinks)):
-        if not isinstance(x, Tensor) and not (name == "sinks" and x is None):
-            raise KernelInputError(
-                f"attention: {name} is of type {type(x).__name__}, expected a tensor. "
-                f"Pass torch.as_tensor({name})."
-            )
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        require_tensor("attention", name, x)
+    if sinks is not None:
+        require_tensor("attention", "sinks", sinks)
     if intervals is not None and not isinstance(intervals, Intervals):
         raise KernelInputError(
             f"attention: intervals is of type {type(intervals).__name__}, expected Intervals. "

@@ -13,7 +13,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mmopt_kernels import _triton, tuning
-from mmopt_kernels._descriptors import describable
+from mmopt_kernels._descriptors import describable, descriptor
 
 LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
@@ -208,16 +208,9 @@ def steps(x: Tensor, vector: int = 1) -> list[int]:
 def operand(x: Tensor, tile: tuning.Config, rows: str) -> Tensor | TensorDescriptor:
     """What `load_rows` and `store_rows` take of ``[B, H, N, D]``, by tile[rows] rows at a time.
 
-    With TMA a descriptor, in whatever order x is stored; Triton encodes it anew at every launch.
+    With TMA a descriptor, in whatever order x is stored.
     """
-    if not tile["TMA"]:
-        return x
-    width, sizes, strides = block_d(x.shape[3]), x.shape[:3], x.stride()[:3]
-    # No step is ever taken along a dimension of size 1, whose stride may be anything.
-    steps = [stride for n, stride in zip(sizes, strides, strict=True) if n > 1]
-    widest = max(steps, default=width)
-    spread = [stride if n > 1 else widest for n, stride in zip(sizes, strides, strict=True)]
-    return TensorDescriptor(x, list(x.shape), [*spread, 1], [1, 1, tile[rows], width])
+    return descriptor(x, [1, 1, tile[rows], block_d(x.shape[3])]) if tile["TMA"] else x
 
 
 def listed(

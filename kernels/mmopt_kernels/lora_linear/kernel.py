@@ -18,7 +18,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mmopt_kernels import _triton, tuning
-from mmopt_kernels._descriptors import describable, has_tma
+from mmopt_kernels._descriptors import describable, descriptor, has_tma
 from mmopt_kernels._philox import dropout_scales
 from mmopt_kernels.dropout.kernel import kept
 
@@ -344,9 +344,7 @@ def allows_tma(*tensors: Tensor) -> bool:
 
 def described(x: Tensor, tile: tuning.Config, rows: str, columns: str) -> Tensor | TensorDescriptor:
     """x ``[M, N]`` as the kernels take it: with TMA a descriptor, by tile[rows] x tile[columns]."""
-    if not tile["TMA"]:
-        return x
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [tile[rows], tile[columns]])
+    return descriptor(x, [tile[rows], tile[columns]]) if tile["TMA"] else x
 
 
 def raw_factor(a: Tensor, dtype: torch.dtype) -> Tensor:

@@ -48,12 +48,15 @@ NOT_INTERVALS = (
 )
 
 
-def attach_attention(model: nn.Module, base: Any) -> tuple[list[Row], Callable[[], None]]:
+def attach_attention(
+    model: nn.Module, base: Any, *, pieces: bool
+) -> tuple[list[Row], Callable[[], None]]:
     """Set `"mmopt"` on every tower that can take it.
 
     Args:
         model: the caller's model, in whose terms modules are named.
         base: the `PreTrainedModel` within.
+        pieces: whether `attach_traceable` makes towers of packed images hand over where they end.
 
     Returns:
         A row per tower that has attention and per module of torch's own, and what undoes all.
@@ -62,7 +65,7 @@ def attach_attention(model: nn.Module, base: Any) -> tuple[list[Row], Callable[[
     names = {module: name for name, module in model.named_modules()}
     towers = list(_towers(base))
     reasons = {
-        tower: _why_not(tower) or _mask_of_its_own(tower, towers)
+        tower: _why_not(tower) or _mask_of_its_own(tower, towers, pieces)
         for tower in towers
         if _layers(tower)
     }
@@ -200,12 +203,13 @@ def _why_not(tower: Any) -> str | None:
     return None
 
 
-def _mask_of_its_own(tower: Any, towers: list[Any]) -> str | None:
+def _mask_of_its_own(tower: Any, towers: list[Any], pieces: bool) -> str | None:
     """What makes a mask that the op does not take, in the tower or in one that it is inside.
 
     A bias of positions is a module, there only where the config asks for one (BEiT, Phi-4's
-    audio). Pixtral, Mllama and Kosmos-2 make masks that are added to the scores, in functions of
-    their own. Siglip2's pooling head makes one by the config of its tower, for torch's attention.
+    audio). Mllama and Kosmos-2 make masks that are added to the scores, in functions of their own;
+    so does Pixtral where it does not hand over the ends of its images. Siglip2's pooling head makes
+    one by the config of its tower, for torch's attention.
     """
     for module in _modules(tower):
         name = type(module).__name__
@@ -219,18 +223,25 @@ def _mask_of_its_own(tower: Any, towers: list[Any]) -> str | None:
         if tower not in outer.modules():
             continue
         for kind in dict.fromkeys([type(outer), *map(type, _modules(outer))]):
-            for function in _masks_called(kind, kind.forward):  # type: ignore[attr-defined]
-                if _adds_to_scores(kind, function):
+            for function in _masks_called(kind, kind.forward, pieces):  # type: ignore[attr-defined]
+                if _adds_to_scores(kind, function, pieces):
                     return f"{kind.__name__} adds a mask of its own, {function.__name__}, to scores"
     return None
 
 
-def _masks_called(kind: type, caller: Any) -> list[Any]:
-    """The functions of the module of `kind`, its methods too, that `caller` calls for a mask."""
+def _masks_called(kind: type, caller: Any, pieces: bool) -> list[Any]:
+    """The functions of the module of `kind`, its methods too, that `caller` calls for a mask.
+
+    With `pieces`, but for those that it then does not call.
+    """
     tree = _tree(caller) if kind.__module__.startswith("transformers.models.") else None
-    functions = []
-    for node in ast.walk(tree) if tree is not None else ():
-        if not isinstance(node, ast.Call):
+    functions: list[Any] = []
+    if tree is None:
+        return functions
+    instead = [node for branch in branches_for_flash(tree) for node in branch.orelse if pieces]
+    unused = {inner for node in instead for inner in ast.walk(node)}
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call) or node in unused:
             continue
         called: Any = None
         if isinstance(node.func, ast.Name):
@@ -246,15 +257,32 @@ def _masks_called(kind: type, caller: Any) -> list[Any]:
     return functions
 
 
-def _adds_to_scores(kind: type, function: Any, above: tuple[Any, ...] = ()) -> bool:
+def _adds_to_scores(kind: type, function: Any, pieces: bool, above: tuple[Any, ...] = ()) -> bool:
     """Whether a function, or one that it calls for a mask, hides with the dtype's least number."""
     tree = _tree(function)
     if tree is None or function in above:
         return False
     return "torch.finfo(" in ast.unparse(tree) or any(
-        _adds_to_scores(kind, called, (*above, function))
-        for called in _masks_called(kind, function)
+        _adds_to_scores(kind, called, pieces, (*above, function))
+        for called in _masks_called(kind, function, pieces)
     )
+
+
+def branches_for_flash(tree: ast.AST) -> list[ast.If]:
+    """Where a method gives flash attention the ends of windows or images, and others a mask."""
+    return [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If)
+        and ast.unparse(node.test) == "is_flash_attention_requested(self.config)"
+        and any("cu_seq_lens_q=" in ast.unparse(line) for line in node.body)
+    ]
+
+
+def hands_over_pieces(method: Callable[..., Any]) -> bool:
+    """Whether a method has such a branch."""
+    tree = _tree(method)
+    return tree is not None and bool(branches_for_flash(tree))
 
 
 def _takes_masks_from_transformers(tower: Any) -> bool:
@@ -485,7 +513,7 @@ def interval_attention(
         is_causal: overrides the module's own flag when there is no mask.
         s_aux: `[Hq]`, learned sinks.
         cu_seq_lens_q: `[pieces + 1]`, where the pieces of one long sequence end, the windows and
-            images of a vision tower. Looked at when there is no mask and `is_causal` is False.
+            images of a vision tower. Looked at when there is no mask and attention is not causal.
 
     Returns:
         `[B, S, Hq, Dv]`, and None for the attention weights, which are never formed.
@@ -500,13 +528,13 @@ def interval_attention(
                 f"mmopt attention: {type(module).__name__} asks for {option}, which the op does "
                 f"not have. Use model.set_attn_implementation('eager') for it."
             )
-    intervals, causal = None, False
+    intervals = None
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     if attention_mask is not None:
-        intervals = _intervals(attention_mask)
-    elif cu_seq_lens_q is not None and is_causal is False:
+        intervals, causal = _intervals(attention_mask), False
+    elif cu_seq_lens_q is not None and not causal:
         intervals = _within_pieces(cu_seq_lens_q, query)
     else:
-        causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
         # Only the prefill of an empty static cache has more keys than causal queries; the extra
         # ones are not written yet. The op, unlike transformers, aligns at the last key.
         if causal and query.shape[2] > 1 and key.shape[2] > query.shape[2]:

@@ -34,7 +34,8 @@ def optimize(
         attention: attach the attention op.
         lora: attach the LoRA op.
         loss: attach the loss op.
-        graph: replace the methods of transformers that stop a compiler, for compiled calls only.
+        graph: replace the methods of transformers that stop a compiler, for compiled calls only,
+            and those that cut attention into windows and images, which the op takes all at once.
 
     Returns:
         A row per module: what it became, or why it was left alone. `undo()` reverts it.
@@ -47,7 +48,7 @@ def optimize(
     rows: list[Row] = []
     restorers = []
     if attention:
-        found, restore = attach_attention(model, base)
+        found, restore = attach_attention(model, base, pieces=graph)
         rows += found
         restorers.append(restore)
     if lora:

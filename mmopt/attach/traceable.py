@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 
-from mmopt.attach.attention import NAME
+from mmopt.attach.attention import NAME, branches_for_flash, hands_over_pieces
 from mmopt.attach.method import method_of
 from mmopt.attach.report import Row
 from mmopt.attach.source import CannotRewriteError, compiled_again, definition_of, placed
@@ -81,7 +81,7 @@ def _rules(module: nn.Module) -> Iterator[tuple[str, Rule]]:
     # A feature encoder of speech models, which transformers copies from Wav2Vec2 to its like.
     if hasattr(module, "_freeze_parameters") and hasattr(module, "_requires_grad"):
         yield "forward", _flags_nothing
-    if "Attention" in type(module).__name__:
+    if hands_over_pieces(type(module).forward):
         yield "forward", _hands_over_pieces
     if isinstance(module, PreTrainedModel):
         if hasattr(module, "get_placeholder_mask"):
@@ -99,18 +99,13 @@ def _rules(module: nn.Module) -> Iterator[tuple[str, Rule]]:
 def _hands_over_pieces(definition: ast.FunctionDef) -> str | None:
     """Attention within windows and images: flash attention is given their ends, once.
 
-    What is not flash attention is called for one after the other, cut by lengths on the host.
+    What is not flash attention is called for one after the other, cut by lengths on the host, or
+    (Pixtral's tower) gets a mask of all against all.
     """
-    found = 0
-    for node in ast.walk(definition):
-        if (
-            isinstance(node, ast.If)
-            and ast.unparse(node.test) == "is_flash_attention_requested(self.config)"
-            and any("cu_seq_lens_q=" in ast.unparse(line) for line in node.body)
-        ):
-            source = f"self.config._attn_implementation == {NAME!r} or {ast.unparse(node.test)}"
-            node.test = placed(ast.parse(source, mode="eval").body, node.test)
-            found += 1
+    found = branches_for_flash(definition)
+    for node in found:
+        source = f"self.config._attn_implementation == {NAME!r} or {ast.unparse(node.test)}"
+        node.test = placed(ast.parse(source, mode="eval").body, node.test)
     return "windows and images in one call of the op, where the tower has it" if found else None
 
 

@@ -437,10 +437,6 @@ class NoDispatchModel(PreTrainedModel):
             "BeitRelativePositionBias makes a bias of positions",
         ),
         (
-            lambda: PixtralVisionModel(PixtralVisionConfig(**SEEING)),
-            "PixtralVisionModel adds a mask of its own, generate_block_attention_mask, to scores",
-        ),
-        (
             mllama,
             "MllamaModel adds a mask of its own, _prepare_cross_attention_mask, to scores",
         ),
@@ -461,7 +457,6 @@ class NoDispatchModel(PreTrainedModel):
         "doge",
         "swin",
         "beit-position-bias",
-        "pixtral-own-masks",
         "mllama-own-masks",
         "layoutlm-own-masks",
         "weights",
@@ -476,6 +471,58 @@ def test_attention_that_the_op_cannot_serve_is_left_alone(factory, reason):
     assert report.rows
     assert all(reason in row.reason for row in report.rows)
     assert model.config._attn_implementation == before
+
+
+def pixtral():
+    return PixtralVisionModel(PixtralVisionConfig(**SEEING))
+
+
+def test_a_tower_of_packed_images_hands_over_where_they_end():
+    """Pixtral's: no mask of all patches against all, and what it computes is what it did."""
+    model = build(pixtral)
+    torch.manual_seed(1)
+    pixels = torch.randn(3, 3, 40, 48)
+    sizes = torch.tensor([[24, 48], [40, 8], [8, 16]])  # 18, 5 and 2 patches
+
+    def result(sizes):
+        features = model(pixels, image_sizes=sizes).last_hidden_state
+        loss = (features * torch.linspace(-1, 1, features.numel()).view_as(features)).sum()
+        names, trained = zip(*model.named_parameters(), strict=True)
+        grads = torch.autograd.grad(loss, trained)
+        return features, loss, dict(zip(names, grads, strict=True))
+
+    cases = [sizes, None]
+    expected = [result(case) for case in cases]
+    report = mmopt.optimize(model)
+    assert [(row.kind, row.became) for row in report.rows] == [
+        ("attention", "mmopt::attention"),
+        ("graph", "traceable forward"),
+    ]
+    seen = []
+    layer = model.transformer.layers[0].attention
+    layer.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(
+            (kwargs["attention_mask"], kwargs["cu_seq_lens_q"].tolist())
+        ),
+        with_kwargs=True,
+    )
+    for case, reference in zip(cases, expected, strict=True):
+        assert_same(result(case), reference)
+    assert seen == [(None, [0, 18, 23, 25]), (None, [0, 30, 60, 90])]
+    report.undo()
+    assert attn(model) == "sdpa"
+    assert "forward" not in vars(model)
+
+
+def test_without_graph_a_tower_of_packed_images_is_left_alone():
+    """Its forward, which is not replaced then, makes a mask that is added to the scores."""
+    model = build(pixtral)
+    (row,) = mmopt.optimize(model, graph=False).rows
+    assert row.became is None
+    assert row.reason == (
+        "PixtralVisionModel adds a mask of its own, generate_block_attention_mask, to scores"
+    )
+    assert attn(model) == "sdpa"
 
 
 def test_a_tower_whose_head_takes_a_mask_for_torch_s_attention_is_left_alone():

@@ -31,13 +31,18 @@ class _Dead:
 def dead_adapters(model: nn.Module, gradient: Gradient = _stored) -> list[str]:
     """The trainable adapters that a backward pass left without a gradient, as `layer (adapter)`.
 
+    Of trainable tokens and aLoRA it says as well which tokens the batch may have lacked.
+
     Of an adapter that is active and not merged, all trainable tensors must have one, and not all
     of them only zeros. A alone may: as initialized, B is zero, and with it the gradient of A.
 
     Args:
         gradient: of a parameter; by default its `grad`. Read on the host.
     """
-    return [each.name for each in _dead(model, gradient)]
+    return [
+        each.name if each.tokens is None else f"{each.name}, which acts on {each.tokens} only"
+        for each in _dead(model, gradient)
+    ]
 
 
 def _dead(model: nn.Module, gradient: Gradient) -> list[_Dead]:

@@ -275,6 +275,11 @@ def test_an_option_that_nothing_heeds_is_refused(
         assert list(tmp_path.iterdir()) == []
 
 
+def test_an_option_that_nests_too_deep_is_a_word() -> None:
+    word = "[" * 100_000
+    assert read_options([f"algorithm={word}"]) == {"algorithm": word}
+
+
 def test_options_are_read_from_words() -> None:
     words = ["block=64", "symmetric=false", "algorithm=hqq"]
     assert read_options(words) == {"block": 64, "symmetric": False, "algorithm": "hqq"}

@@ -282,6 +282,7 @@ def spoiled(**changes: Any) -> str:
 CORRUPT = {
     "empty": ("", "cannot be read as JSON"),
     "cut": (json.dumps(GOOD)[:-9], "cannot be read as JSON"),
+    "deep": ("[" * 100_000, "cannot be read as JSON"),
     "binary": (b"\xff\xfe\x00", "cannot be read as JSON"),
     "list": ("[]", "no object of figures"),
     "figures missing": ('{"schema": 1}', "no object of figures"),

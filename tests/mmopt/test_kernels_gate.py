@@ -307,6 +307,7 @@ def test_a_baseline_reads_back_as_it_was_written_one_line_a_kernel(tmp_path: Pat
 
 @pytest.mark.parametrize(("text", "message"), [
     ("{broken", "cannot be read as JSON"),
+    ("[" * 100_000, "cannot be read as JSON"),
     ("[]", "has schema None, expected 1"),
     ('{"schema": 2}', "has schema 2, expected 1"),
     ('{"schema": 1, "triton": 3, "targets": {}}', "has no Triton version or no targets"),

@@ -5,6 +5,7 @@ Both sides are built alike and fed alike. Where dropout is at work, PEFT's draws
 
 import contextlib
 import copy
+import re
 
 import pytest
 import torch
@@ -886,6 +887,8 @@ def test_an_adapter_of_certain_tokens_is_not_called_cut_off_when_the_batch_lacks
     model(input_ids=ids, labels=ids).loss.backward()
     with pytest.raises(CheckFailedError, match=rf"^1 trainable adapters .* acts on {tokens}"):
         check_gradients(model)
+    (named,) = dead_adapters(model)
+    assert re.search(rf"\(default\), which acts on {tokens.removesuffix(';')}.* only$", named)
     ids[1, 2:4] = torch.tensor([3, 4])
     model(input_ids=ids, labels=ids).loss.backward()
     check_gradients(model)
@@ -894,6 +897,7 @@ def test_an_adapter_of_certain_tokens_is_not_called_cut_off_when_the_batch_lacks
     with pytest.raises(CheckFailedError, match="The loss does not reach them") as raised:
         check_gradients(model)
     assert "which acts on" not in str(raised.value)
+    assert dead_adapters(model)[0].endswith("(default)")
 
 
 def test_only_adapters_at_work_need_gradients():

@@ -159,7 +159,7 @@ def read_options(words: Sequence[str]) -> dict[str, Any]:
             )
         try:
             options[name] = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             options[name] = text
     return options
 

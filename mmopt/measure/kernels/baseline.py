@@ -136,7 +136,7 @@ def read_baseline(path: Path) -> Baseline:
             f"{path} does not exist, expected the recorded kernels. Record them with "
             f"`mmopt kernels --update {path}`."
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(
             f"{path} cannot be read as JSON ({one_line(error)}), expected the "
             "recorded kernels. Restore it from version control, or record it anew."

@@ -346,6 +346,32 @@ def test_no_program_writes_into_the_place_of_another() -> None:
         torch.testing.assert_close(once[name], value, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("case", [
+    Case(Hq=3, Hkv=3, S=35, T=43, causal=True, softcap=5.0),
+    Case(Hq=6, Hkv=3, S=35, T=43, mask="random", sinks=True, dropout=0.2),
+], ids=str)  # fmt: skip
+def test_the_order_of_programs_moves_no_bit(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 6 and 12 heads, 1 or 4 side by side, or all that the cache holds."""
+    x = make(case)
+    want = run(case, x)
+    for heads in (1, 4):
+        asked = []
+
+        def instead(*given: Any, heads: int = heads, asked: list[Any] = asked) -> int:
+            asked.append(given)
+            return heads
+
+        for module in (kernel, kernel_backward):
+            monkeypatch.setattr(module, "heads_at_once", instead)
+        got = run(case, x)
+        for name, value in want.items():
+            assert torch.equal(got[name], value), name
+        group = case.Hq // case.Hkv
+        row = 2 * case.D * 4
+        of_keys, of_queries = case.T * row // group, case.S * row * group
+        assert asked == [(True, 3, of_keys), (True, 3, of_queries), (True, 3, of_keys)]
+
+
 @pytest.mark.parametrize("tile", [(16, 16), (32, 16), (16, 32)], ids=str)
 def test_dropout_mask_is_philox_whatever_the_tile(tile: tuple[int, int]) -> None:
     """With identities for v and grad_out, out and dv are the dropped probabilities themselves."""

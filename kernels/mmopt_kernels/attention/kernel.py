@@ -19,10 +19,12 @@ from mmopt_kernels.attention.tiles import (
     both_bounds,
     choose,
     for_target,
+    heads_at_once,
     kept,
     key_ranges,
     load_rows,
     operand,
+    placed,
     row_bounds,
     score_scales,
     steps,
@@ -104,7 +106,7 @@ def _attend(
 
 # S and T change from batch to batch; specializing on them would recompile. Strides derive from
 # the layout and keep their divisibility hint, which vectorizes the loads.
-@triton.jit(do_not_specialize=["S", "T", "threshold"])
+@triton.jit(do_not_specialize=["S", "T", "n_heads", "threshold"])
 def attention_forward(
     p_q,
     p_k,
@@ -134,6 +136,7 @@ def attention_forward(
     H,
     S,
     T,
+    n_heads,
     scale,
     scale_cap,
     scale_kept,
@@ -157,10 +160,9 @@ def attention_forward(
 ):
     # One grid axis: CUDA limits the others to 65535, which B * H exceeds for short sequences.
     n_m = tl.cdiv(S, BLOCK_M)
-    i_bh = tl.program_id(0) // n_m
+    i_bh, i_m = placed(n_m, n_heads, True)
     i_b = i_bh // H
     i_h = i_bh % H
-    i_m = tl.program_id(0) % n_m
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     m_m = o_m < S
 
@@ -280,9 +282,11 @@ def launch(
     tma = has_tma(_triton.target(q.device)) and describable(q, k, v, out)
     tile = choose("attention_forward", q, T, softcap, dropout_p, tma, config)
     vector = vector_of(q, k, v, out)
-    grid = (triton.cdiv(S, tile["BLOCK_M"]) * B * H,)
+    group = H // k.shape[1]
+    uneven = causal or lo is not None
+    n_m = triton.cdiv(S, tile["BLOCK_M"])
     with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]
-        attention_forward[grid](
+        attention_forward[(n_m * B * H,)](
             operand(q, tile, "BLOCK_M"),
             operand(k, tile, "BLOCK_N"),
             operand(v, tile, "BLOCK_N"),
@@ -297,12 +301,13 @@ def launch(
             H,
             S,
             T,
+            heads_at_once(uneven, n_m, 2 * T * D * q.element_size() // group),
             *score_scales(scale, softcap),
             scale_kept,
             threshold,
             LN_2=LN_2,
             LOG2_E=LOG2_E,
-            GROUP=H // k.shape[1],
+            GROUP=group,
             D=D,
             BLOCK_D=block_d(D),
             INTERVALS=lo is not None,

@@ -30,11 +30,13 @@ from mmopt_kernels.attention.tiles import (
     both_bounds,
     choose,
     for_target,
+    heads_at_once,
     kept,
     key_ranges,
     listed,
     load_rows,
     operand,
+    placed,
     row_bounds,
     score_scales,
     steps,
@@ -332,7 +334,7 @@ def _key_gradients(
     return b_dk, b_dv
 
 
-@triton.jit(do_not_specialize=["S", "T", "threshold"])
+@triton.jit(do_not_specialize=["S", "T", "n_heads", "threshold"])
 def attention_backward_dkdv(
     p_q,
     p_k,
@@ -372,6 +374,7 @@ def attention_backward_dkdv(
     H,
     S,
     T,
+    n_heads,
     scale,
     scale_cap,
     scale_dk,
@@ -402,10 +405,9 @@ def attention_backward_dkdv(
     [B, H * GROUP, query tile, BLOCK_D, BLOCK_M], gets what the block gives to dQ.
     """
     n_n = tl.cdiv(T, BLOCK_N)
-    i_bh = tl.program_id(0) // n_n
+    i_bh, i_n = placed(n_n, n_heads, False)
     i_b = i_bh // H
     i_h = i_bh % H
-    i_n = tl.program_id(0) % n_n
     DTYPE: tl.constexpr = p_dk.dtype if TMA else p_dk.dtype.element_ty
     strides_q = strides_of(stride_qb, stride_qh, stride_qm, VECTOR)
     strides_k = strides_of(stride_kb, stride_kh, stride_kn, VECTOR)
@@ -544,7 +546,7 @@ def _query_gradient(
     return b_dq
 
 
-@triton.jit(do_not_specialize=["S", "T", "threshold"])
+@triton.jit(do_not_specialize=["S", "T", "n_heads", "threshold"])
 def attention_backward_dq(
     p_q,
     p_k,
@@ -578,6 +580,7 @@ def attention_backward_dq(
     H,
     S,
     T,
+    n_heads,
     scale,
     scale_cap,
     scale_dq,
@@ -599,10 +602,9 @@ def attention_backward_dq(
 ):
     """dQ of one (b, head, query tile)."""
     n_m = tl.cdiv(S, BLOCK_M)
-    i_bh = tl.program_id(0) // n_m
+    i_bh, i_m = placed(n_m, n_heads, True)
     i_b = i_bh // H
     i_h = i_bh % H
-    i_m = tl.program_id(0) % n_m
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     m_m = o_m < S
     # fmt: off
@@ -820,10 +822,11 @@ def launch_backward(
         sums = q.new_zeros(B, H, n_m, block_d(D), block_m, dtype=torch.float32)
     padded = {"D": D, "BLOCK_D": block_d(D)}
     visible = {"INTERVALS": intervals, "CAUSAL": causal}
+    group, uneven = H // Hkv, causal or intervals
     switches = {
         **padded,
         **visible,
-        "GROUP": H // Hkv,
+        "GROUP": group,
         "SOFTCAP": softcap is not None,
         "DROPOUT": dropout_p > 0,
         "WIDEN": _triton.must_widen(q.dtype),
@@ -883,6 +886,7 @@ def launch_backward(
                     Hkv,
                     S,
                     T,
+                    heads_at_once(uneven, n_n, 2 * S * D * q.element_size() * group),
                     *scales,
                     RUNS=RUNS if intervals else 2,
                     DK=outputs != "dv",
@@ -893,7 +897,8 @@ def launch_backward(
                     **switches,
                 )
         if over_queries is not None:
-            attention_backward_dq[(triton.cdiv(S, over_queries["BLOCK_M"]) * B * H,)](
+            n_q = triton.cdiv(S, over_queries["BLOCK_M"])
+            attention_backward_dq[(n_q * B * H,)](
                 operand(q, over_queries, "BLOCK_M"),
                 operand(k, over_queries, "BLOCK_N"),
                 operand(v, over_queries, "BLOCK_N"),
@@ -910,6 +915,7 @@ def launch_backward(
                 H,
                 S,
                 T,
+                heads_at_once(uneven, n_q, 2 * T * D * q.element_size() // group),
                 *scales,
                 **over_queries,
                 **switches,

@@ -18,6 +18,35 @@ from mmopt_kernels._descriptors import describable, descriptor
 LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
 
+# Bytes that the heads which run side by side read again and again, and should find in the L2 cache:
+# what FlashAttention-3 counts on of the 50 MB of an H100.
+L2_SHARE = 32 * 2**20
+# Programs that run at once: two on each of an H200's 132 multiprocessors, or somewhat less.
+AT_ONCE = 256
+
+
+@triton.jit
+def placed(n_tiles, n_heads, LAST_FIRST: tl.constexpr):
+    """This program's (b, head) pair and tile, in the order in which programs are to start.
+
+    Programs start one by one as multiprocessors become free, so that the end is even when long ones
+    start first: with a causal mask the last query tiles and the first key blocks. n_heads pairs run
+    side by side, the first tile of each, the second of each and so on, then the next n_heads. What
+    is left over of the division comes first, where it costs nothing.
+    """
+    i_p = tl.program_id(0)
+    n_left = tl.num_programs(0) // n_tiles % n_heads
+    i_rest = i_p - n_left * n_tiles
+    m_left = i_rest < 0
+    n_side = tl.where(m_left, n_left, n_heads)
+    i_p = tl.where(m_left, i_p, i_rest)
+    i_first = i_p // (n_side * n_tiles) * n_side + tl.where(m_left, 0, n_left)
+    i_p = i_p % (n_side * n_tiles)
+    i_tile = i_p // n_side
+    if LAST_FIRST:
+        i_tile = n_tiles - 1 - i_tile
+    return i_first + i_p % n_side, i_tile
+
 
 @triton.jit
 def row_bounds(
@@ -211,6 +240,22 @@ def operand(x: Tensor, tile: tuning.Config, rows: str) -> Tensor | TensorDescrip
     With TMA a descriptor, in whatever order x is stored.
     """
     return descriptor(x, [1, 1, tile[rows], block_d(x.shape[3])]) if tile["TMA"] else x
+
+
+def heads_at_once(uneven: bool, n_tiles: int, bytes_each: int) -> int:
+    """What `placed` takes as n_heads: as many as the L2 cache holds, or twice what run anyway.
+
+    With fewer the end stays uneven: by the count of tests/kernels/test_attention_order.py up to 30%
+    of a pass over key blocks are waited for with one head after the other, and 9% like this.
+
+    Args:
+        uneven: tiles differ in what they cost, by a mask. Else one head follows the other.
+        n_tiles: of a (b, head) pair, a program each.
+        bytes_each: what all programs of a pair read.
+    """
+    if not uneven:
+        return 1
+    return max(1, L2_SHARE // max(1, bytes_each), 2 * AT_ONCE // n_tiles)
 
 
 def listed(

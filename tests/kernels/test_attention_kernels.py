@@ -369,7 +369,12 @@ def test_the_order_of_programs_moves_no_bit(case: Case, monkeypatch: pytest.Monk
         group = case.Hq // case.Hkv
         row = 2 * case.D * 4
         of_keys, of_queries = case.T * row // group, case.S * row * group
-        assert asked == [(True, 3, of_keys), (True, 3, of_queries), (True, 3, of_keys)]
+        pairs, of_group = 2 * case.Hq, 2 * case.Hkv
+        assert asked == [
+            (True, pairs, 3, of_keys),
+            (True, of_group, 3, of_queries),
+            (True, pairs, 3, of_keys),
+        ]
 
 
 @pytest.mark.parametrize("tile", [(16, 16), (32, 16), (16, 32)], ids=str)

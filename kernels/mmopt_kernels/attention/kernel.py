@@ -301,7 +301,7 @@ def launch(
             H,
             S,
             T,
-            heads_at_once(uneven, n_m, 2 * T * D * q.element_size() // group),
+            heads_at_once(uneven, B * H, n_m, 2 * T * D * q.element_size() // group),
             *score_scales(scale, softcap),
             scale_kept,
             threshold,

@@ -31,19 +31,15 @@ def placed(n_tiles, n_heads, LAST_FIRST: tl.constexpr):
 
     Programs start one by one as multiprocessors become free, so that the end is even when long ones
     start first: with a causal mask the last query tiles and the first key blocks. n_heads pairs run
-    side by side, the first tile of each, the second of each and so on, then the next n_heads. What
-    is left over of the division comes first, where it costs nothing.
+    side by side, a tile of each, the next of each and so on, then the next n_heads. What is left
+    over of the division comes first, where it costs nothing: pairs are counted from the end.
     """
-    i_p = tl.program_id(0)
-    n_left = tl.num_programs(0) // n_tiles % n_heads
-    i_rest = i_p - n_left * n_tiles
-    m_left = i_rest < 0
-    n_side = tl.where(m_left, n_left, n_heads)
-    i_p = tl.where(m_left, i_p, i_rest)
-    i_first = i_p // (n_side * n_tiles) * n_side + tl.where(m_left, 0, n_left)
-    i_p = i_p % (n_side * n_tiles)
+    i_p = tl.num_programs(0) - 1 - tl.program_id(0)
+    i_first = i_p // (n_heads * n_tiles) * n_heads
+    n_side = tl.minimum(n_heads, tl.num_programs(0) // n_tiles - i_first)
+    i_p = i_p % (n_heads * n_tiles)
     i_tile = i_p // n_side
-    if LAST_FIRST:
+    if not LAST_FIRST:
         i_tile = n_tiles - 1 - i_tile
     return i_first + i_p % n_side, i_tile
 
@@ -242,7 +238,7 @@ def operand(x: Tensor, tile: tuning.Config, rows: str) -> Tensor | TensorDescrip
     return descriptor(x, [1, 1, tile[rows], block_d(x.shape[3])]) if tile["TMA"] else x
 
 
-def heads_at_once(uneven: bool, n_tiles: int, bytes_each: int) -> int:
+def heads_at_once(uneven: bool, n_bh: int, n_tiles: int, bytes_each: int) -> int:
     """What `placed` takes as n_heads: as many as the L2 cache holds, or twice what run anyway.
 
     With fewer the end stays uneven: by the count of tests/kernels/test_attention_order.py up to 30%
@@ -250,12 +246,13 @@ def heads_at_once(uneven: bool, n_tiles: int, bytes_each: int) -> int:
 
     Args:
         uneven: tiles differ in what they cost, by a mask. Else one head follows the other.
+        n_bh: pairs of sequence and head.
         n_tiles: of a (b, head) pair, a program each.
         bytes_each: what all programs of a pair read.
     """
     if not uneven:
         return 1
-    return max(1, L2_SHARE // max(1, bytes_each), 2 * AT_ONCE // n_tiles)
+    return min(n_bh, max(1, L2_SHARE // max(1, bytes_each), 2 * AT_ONCE // n_tiles))
 
 
 def listed(

@@ -200,6 +200,14 @@ def test_mask_function_is_called_for_a_block_of_queries_at_a_time(
     assert torch.equal(blocks.hi, whole.hi)
 
 
+def test_mask_function_may_return_integers() -> None:
+    for dtype in (torch.int64, torch.uint8):
+        seen = Intervals.from_mask_function(
+            lambda b, h, q, k, dtype=dtype: (k <= q).to(dtype) * 2, 3, 5, device=DEVICE
+        )
+        assert dense(seen, 5) == loops(1, 3, 5, lambda b, p, j: j <= p)
+
+
 def test_mask_function_may_return_less_than_a_whole_mask() -> None:
     for function in (lambda *_: True, hf.bidirectional_mask_function, lambda b, h, q, k: k < 9):
         seen = Intervals.from_mask_function(function, 3, 5, B=2, device=DEVICE)
@@ -454,6 +462,18 @@ BAD: dict[str, tuple[Callable[[], object], str]] = {
         "Intervals.from_mask_function: mask_function returned NoneType, expected a bool",
     ),
     "list-of-bounds": (lambda: Intervals([[0]], [[1]]), "Intervals: lo is of type list, expected"),
+    "bounds-dtype": (
+        lambda: Intervals(ints([0]).int(), ints([1])),
+        r"Intervals: hi has dtype torch.int64, expected torch.int32. Pass hi.to\(torch.int32\)",
+    ),
+    "bounds-shapes": (
+        lambda: Intervals(ints([0, 0]).int(), ints([1]).int()),
+        r"Intervals: hi is \(1, 1\) on .*, expected \(1, 2\) on .* like lo. Build both bounds",
+    ),
+    "bounds-devices": (
+        lambda: Intervals(ints([0]).int(), ints([1]).int().to("meta")),
+        r"Intervals: hi is \(1, 1\) on meta, expected \(1, 1\) on .* like lo. Build both bounds",
+    ),
     "list-of-padding": (
         lambda: Intervals.key_padding([[1, 0]]),
         "Intervals.key_padding: keep is of type list, expected a tensor. Pass torch.as_tensor",
@@ -475,6 +495,22 @@ BAD: dict[str, tuple[Callable[[], object], str]] = {
     "unsigned-blocks": (
         lambda: Intervals.bidirectional_blocks(torch.zeros(1, 2, dtype=torch.uint16)),
         "Intervals.bidirectional_blocks: block_ids is torch.uint16 .* expected signed integers",
+    ),
+    "token-type-ids-unsigned": (
+        lambda: Intervals.bidirectional_blocks(torch.zeros(1, 2, dtype=torch.uint8)),
+        "Intervals.bidirectional_blocks: block_ids is torch.uint8 .* expected signed integers",
+    ),
+    "negative-S-of-blocks": (
+        lambda: Intervals.bidirectional_blocks(ints([-1, 0]), -1),
+        "Intervals.bidirectional_blocks: S is -1, expected an integer from 0",
+    ),
+    "negative-S-of-padding": (
+        lambda: Intervals.key_padding(ints([1, 1]), -1),
+        "Intervals.key_padding: S is -1, expected an integer from 0",
+    ),
+    "negative-S-of-documents": (
+        lambda: Intervals.packed(ints(0, 4, dtype=torch.int32), -4, check=False),
+        "Intervals.packed: S is -4, expected an integer from 0",
     ),
     "tensor-as-base": (
         lambda: Intervals.bidirectional_blocks(torch.zeros(1, 2).int(), base=torch.ones(2, 2)),
@@ -563,6 +599,10 @@ BAD: dict[str, tuple[Callable[[], object], str]] = {
         lambda: Intervals.bidirectional_blocks(ints([0, 1, 1, 2], [5, 3, 4, 3])),
         f"{BLOCKS}block 3 of sequence 1 ends at key 1 and returns at key 3, expected each block "
         r"to be one run of keys \(1 returns break this\)",
+    ),
+    "blocks-return-twice": (
+        lambda: Intervals.bidirectional_blocks(ints([7, 0, 7, 0, 7])),
+        f"{BLOCKS}block 7 of sequence 0 ends at key 0 and returns at key 2, .*3 returns break",
     ),
     "token-type-ids": (
         lambda: Intervals.bidirectional_blocks(ints([0, 0, 1, 1, 0])),

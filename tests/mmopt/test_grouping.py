@@ -211,6 +211,147 @@ def test_a_layer_of_which_more_than_the_result_is_taken_stays_alone(taken):
     assert sizes(graph) == [1, 1]
 
 
+def drawn(build):
+    """The sizes of the calls in a graph that `build` draws by hand: Dynamo would make few of these.
+
+    All its tensors are [6, 6]. It has to give afterwards what it gave before.
+    """
+    graph = torch.fx.Graph()
+    x, *tensors = (graph.placeholder(name) for name in ("x", "w", "a", "b", "w2", "a2", "b2"))
+    graph.output(tuple(build(graph, x, tensors[:3], tensors[3:])))
+    g = torch.Generator().manual_seed(0)
+    values = [torch.randn(6, 6, generator=g) for _ in range(7)]
+    run = torch.fx.GraphModule({"inner": torch.nn.ReLU(inplace=True)}, graph)
+    expected = run(*(value.clone() for value in values))
+    LORA_GROUPS(run.graph)
+    stable_topological_sort(run.graph)
+    run.graph.lint()
+    run.recompile()
+    torch.testing.assert_close(run(*(value.clone() for value in values)), expected)
+    return sizes(run.graph)
+
+
+def one(graph, x, layer, *, bias=None, index=None, scale=0.5, impl="reference"):
+    node = graph.call_function(ONE.default, (x, *layer, bias, index, None, 1, scale, 0.0, impl))
+    return graph.call_function(operator.getitem, (node, 0))
+
+
+def group(graph, x, *layers, biases=(), biased=None):
+    """The results of layers that are one call already."""
+    weights, a, b = zip(*layers, strict=True)
+    flags = [False] * len(layers) if biased is None else biased
+    arguments = (x, [*weights], [], [*a], [*b], [*biases], None, None, flags, 1, 0.5, 0.0)
+    node = graph.call_function(GROUP.default, (*arguments, [""] * len(layers), "reference"))
+    return graph.call_function(operator.getitem, (node, 0))
+
+
+@pytest.mark.parametrize("options", [{"scale": 1.0}, {"impl": "auto"}, {"index": 0}], ids=str)
+def test_layers_that_run_in_another_way_stay_apart(options):
+    def build(graph, x, first, second):
+        if "index" in options:
+            zeros = graph.call_function(torch.zeros, (6,), {"dtype": torch.int32})
+            return one(graph, x, first), one(graph, x, second, index=zeros)
+        return one(graph, x, first), one(graph, x, second, **options)
+
+    assert drawn(build) == [1, 1]
+
+
+@pytest.mark.parametrize(
+    "nodes",
+    [
+        [("to", (torch.float64,), {}), ("to", (torch.float32,), {})],
+        [("to", (), {"dtype": torch.float64}), ("to", (), {"dtype": torch.float32})],
+        [("mul", (2.0,), {}), ("add", (2.0,), {})],
+    ],
+    ids=["dtype", "keyword", "no cast"],
+)
+def test_only_like_casts_make_one_input(nodes):
+    """Two casts of x to one dtype are one input; two other calls on it are not."""
+
+    def build(graph, x, *layers):
+        results = []
+        for (name, args, kwargs), layer in zip(nodes, layers, strict=True):
+            given = [graph.call_method(name, (t, *args), kwargs) for t in (x, *layer)]
+            results.append(one(graph, given[0], given[1:]))
+        return results
+
+    assert drawn(build) == [1, 1]
+
+
+@pytest.mark.parametrize("between", [False, True], ids=["result", "of result"])
+@pytest.mark.parametrize("part", ["weight", "a", "b", "bias"])
+def test_a_layer_made_of_what_another_gives_stays_alone(part, between):
+    def build(graph, x, first, second):
+        y = one(graph, x, first)
+        made = graph.call_function(operator.neg, (y,)) if between else y
+        if part == "bias":
+            bias = graph.call_function(operator.getitem, (made, 0))
+            return y, one(graph, x, second, bias=bias)
+        layer = list(second)
+        layer[["weight", "a", "b"].index(part)] = made
+        return y, one(graph, x, layer)
+
+    assert drawn(build) == [1, 1]
+
+
+@pytest.mark.parametrize("kind", ["module", "enter autocast", "higher order"])
+def test_nothing_is_joined_across_what_might_change_an_input(kind):
+    def build(graph, x, first, second):
+        y = one(graph, x, first)
+        if kind == "module":
+            graph.call_module("inner", (x,))
+        elif kind == "enter autocast":
+            arguments = ("cpu", torch.bfloat16, False, None)
+            entered = graph.call_function(torch.amp.autocast_mode._enter_autocast, arguments)
+            graph.call_function(torch.amp.autocast_mode._exit_autocast, (entered,))
+        else:
+            graph.call_function(torch.ops.higher_order.print, ("", {}))
+        return y, one(graph, x, second)
+
+    assert drawn(build) == [1, 1]
+
+
+@pytest.mark.parametrize("name", ["and_", "__and__"])
+def test_a_name_that_only_looks_like_a_write_parts_nothing(name):
+    def build(graph, x, first, second):
+        y = one(graph, x, first)
+        seen = graph.call_function(operator.gt, (x, 0.0))
+        if name == "and_":
+            both = graph.call_function(operator.and_, (seen, seen))
+        else:
+            both = graph.call_method(name, (seen, seen))
+        return y, both, one(graph, x, second)
+
+    assert drawn(build) == [2]
+
+
+def test_layers_before_a_write_are_still_one_call():
+    def build(graph, x, first, second):
+        results = [one(graph, x, first), one(graph, x, second)]
+        graph.call_method("add_", (x, 1.0))
+        return *results, one(graph, x, first)
+
+    assert drawn(build) == [1, 2]
+
+
+def test_a_group_and_a_layer_become_one_call_with_each_result_where_it_belongs():
+    def build(graph, x, first, second):
+        bias = graph.call_function(operator.getitem, (x, 0))
+        pair = group(graph, x, first, second, biases=[bias], biased=[False, True])
+        later = [graph.call_function(operator.getitem, (pair, i)) for i in (1, 0)]
+        return *later, one(graph, x, [second[0], first[1], first[2]])
+
+    assert drawn(build) == [3]
+
+
+def test_a_group_whose_results_are_taken_as_a_list_stays_as_it_is():
+    def build(graph, x, first, second):
+        pair = group(graph, x, first, second)
+        return graph.call_function(torch.stack, (pair,)), one(graph, x, first)
+
+    assert drawn(build) == [1, 2]
+
+
 def test_layers_with_dropout_keep_masks_of_their_own():
     each = layers()
     seen = []

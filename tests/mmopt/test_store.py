@@ -8,11 +8,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import families
 import pytest
 import torch
 from packaging.version import Version
+from torch import nn
 
 import mmopt
 from mmopt.compilation import store as stores
@@ -184,6 +186,8 @@ def test_what_is_changed_in_place_or_replaced_is_seen(stored):
     graph = mmopt.load_compiled(stored[0], model)._stored
     layer = model.base_model.model.bert.encoder.layer[0].attention.output.dense
     assert graph.mismatch(model, tokens(9)) is None
+    reason = graph.mismatch(model, {"input_ids": tokens(9)["input_ids"]})
+    assert reason == "the arguments are ['input_ids'], were ['attention_mask', 'input_ids']"
 
     layer.base_layer.weight.requires_grad_(True)
     reason = graph.mismatch(model, tokens(9))
@@ -249,6 +253,62 @@ def test_an_absence_is_a_fact(asked, come, reason):
     assert state.difference(model) == state.changed({}) == f"{reason}, was not there"
 
 
+def own_forward():
+    norm = nn.LayerNorm(2)
+    norm.forward = len
+    return norm
+
+
+NORM = nn.LayerNorm(2)
+# What a part of a model was, and what it is then.
+CHANGES = {
+    "None": (None, False),
+    "flag": (True, False),
+    "number": (1.0, 2.0),
+    "text": ("sdpa", "eager"),
+    "dtype": (torch.float32, torch.float64),
+    "device": (torch.device("cpu"), torch.device("meta")),
+    "trained tensor": (torch.zeros(2), torch.zeros(2, requires_grad=True)),
+    "tensor's dtype": (torch.zeros(2), torch.zeros(2).double()),
+    "tensor's shape": (torch.zeros(2), torch.zeros(1, 2)),
+    "tensor's device": (torch.zeros(2), torch.zeros(2, device="meta")),
+    "keys": ({"a": 1}, {"b": 1}),
+    "no keys": ({}, {"b": 1}),
+    "length": ([1, 2], [1]),
+    "collection": ([1, 2], (1, 2)),
+    "function": (tokens, classifier),
+    "kind": (object(), SimpleNamespace()),
+    "module": (NORM, nn.ReLU()),
+    "module's forward": (NORM, own_forward()),
+}
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_a_change_of_any_kind_is_seen_between_calls_and_by_another_process(case):
+    was, then = CHANGES[case]
+    model = SimpleNamespace(part=was)
+    state = ModelState.of(["model.part"], {}, model, {})
+    state.watch(model)
+    assert state.difference(model) is state.changed({}) is None
+    model.part = then
+    changed = f"model.part is {describe(then)}, was {describe(was)}"
+    assert state.difference(model) == state.changed({}) == changed
+    model.part = was
+    assert state.changed({}) is None
+    del model.part
+    assert state.difference(model) == f"model.part is not there, was {describe(was)}"
+    assert re.match("a part of the model is gone: AttributeError: .*'part'", state.changed({}))
+
+
+def test_a_module_that_gets_a_forward_of_its_own_is_seen():
+    """The same module, so that only what it holds can tell."""
+    model = SimpleNamespace(part=nn.LayerNorm(2))
+    state = ModelState.of(["model.part"], {}, model, {})
+    state.watch(model)
+    model.part.forward = len
+    assert "with a forward of its own, was a torch" in state.changed({})
+
+
 def test_an_argument_that_was_none_is_not_a_tensor_later():
     names = ["arguments", "arguments['ids']", "arguments['labels']"]
     model = classifier()
@@ -258,6 +318,9 @@ def test_an_argument_that_was_none_is_not_a_tensor_later():
     given = {"ids": torch.ones(2, 3), "labels": torch.ones(2)}
     assert state.changed(given) == "arguments['labels'] is a tensor, was None"
     assert state.changed({"ids": None, "labels": None}) == "arguments['ids'] is None, was a tensor"
+    state = ModelState.of(names[1:], {}, model, {"ids": torch.ones(2, 3), "labels": None})
+    state.watch(model)
+    assert state.changed({"labels": None}) == "arguments['ids'] is not there, was a tensor"
 
 
 def test_a_cache_that_cannot_be_written_could_not_run(stored, tmp_path, monkeypatch):
@@ -307,7 +370,7 @@ def test_a_stranger_needs_the_sha256(stored, tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"has SHA-256 [0-9a-f]{64}, expected ffff"):
         mmopt.load_compiled(folder, classifier(), sha256="f" * 64)
     assert not key_file().exists()
-    compiled = mmopt.load_compiled(folder, classifier(), sha256=digest)
+    compiled = mmopt.load_compiled(folder, classifier(), sha256=digest.upper())
     assert compiled(**tokens(9)).logits.shape == (3, 3)
 
 
@@ -325,6 +388,7 @@ def rewritten(folder, change):
     ("change", "message"),
     [
         (lambda record: record.update(schema=0), "has schema 0, expected 1"),
+        (lambda record: record.pop("schema"), "is damaged, expected JSON with a schema"),
         (
             lambda record: record["key"].update(torch="2.0.0"),
             r"with torch 2\.0\.0, here it is \d.*, expected the same",
@@ -338,6 +402,10 @@ def rewritten(folder, change):
             r"another source of peft\.peft_model",
         ),
         (
+            lambda record: record["modules"].update({"no.such.module": "0" * 64}),
+            r"another source of no\.such\.module",
+        ),
+        (
             lambda record: record["key"].update({"C++ compiler": None}),
             "with C.. compiler None, here it is ",
         ),
@@ -347,6 +415,58 @@ def rewritten(folder, change):
 def test_another_version_device_or_source_is_refused_with_the_reason(copied, change, message):
     with pytest.raises(InputError, match=message):
         mmopt.load_compiled(rewritten(copied, change), classifier())
+
+
+def test_every_field_of_the_key_has_to_be_the_same(copied):
+    record = json.loads((copied / "store.json").read_text())
+    fields = [
+        "mmopt", "python", "machine", "torch", "triton", "transformers", "peft", "device",
+        "vector instructions", "CPU threads", "C++ compiler",
+    ]  # fmt: skip
+    assert list(record["key"]) == fields
+    for field in fields:
+        was = record["key"][field]
+        rewritten(copied, lambda record, field=field: record["key"].update({field: "another"}))
+        with pytest.raises(InputError, match=f"with {re.escape(field)} another, here it is "):
+            mmopt.load_compiled(copied, classifier())
+        rewritten(copied, lambda record, field=field, was=was: record["key"].update({field: was}))
+
+
+def test_the_digest_of_tensors_tells_all_that_a_graph_is_made_for():
+    with_buffer, with_another = nn.Linear(2, 3), nn.Linear(2, 3)
+    with_buffer.register_buffer("table", torch.zeros(1))
+    with_another.register_buffer("table", torch.zeros(2))
+    models = [
+        nn.Linear(2, 3), nn.Linear(3, 2), nn.Linear(2, 3).double(), nn.Linear(2, 3, device="meta"),
+        nn.Linear(2, 3).requires_grad_(False), nn.Sequential(nn.Linear(2, 3)), with_buffer,
+        with_another,
+    ]  # fmt: skip
+    assert len({stores._tensors_sha256(model) for model in models}) == len(models)
+    assert stores._tensors_sha256(nn.Linear(2, 3)) == stores._tensors_sha256(models[0])
+
+
+def test_only_kernels_that_are_missing_are_written(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch._inductor.runtime.cache_dir_utils.cache_dir", lambda: tmp_path)
+    (tmp_path / "ab").mkdir()
+    (tmp_path / "ab" / "there.so").write_bytes(b"own")
+    stores.place_kernels(
+        {"kernels/ab/there.so": b"other", "kernels/cd/new.so": b"new", "graph.bin": b"graph"}
+    )
+    found = {p.relative_to(tmp_path).as_posix(): p for p in tmp_path.rglob("*") if p.is_file()}
+    assert {name: path.read_bytes() for name, path in found.items()} == {
+        "ab/there.so": b"own", "cd/new.so": b"new",
+    }  # fmt: skip
+
+
+def test_what_a_classifier_writes_down_at_its_first_loss_comes_with_the_store(copied):
+    """And goes again where the store is refused; what the model says of itself is kept."""
+    rewritten(copied, lambda record: record.update(problem_type="multi_label_classification"))
+    model = classifier().train()
+    with pytest.raises(InputError, match="another state"):
+        mmopt.load_compiled(copied, model)
+    assert model.config.problem_type is None
+    mmopt.load_compiled(copied, model.eval())
+    assert model.config.problem_type == "multi_label_classification"
 
 
 def test_another_model_or_state_is_refused_with_the_reason(stored):
@@ -422,8 +542,13 @@ def test_facts_are_the_same_in_every_process_and_skip_what_leads_nowhere():
         "model.nowhere",
         "___helper(model)",
         "G['__import_math'].pi",
+        # What a class or a module of Python holds in all is not a fact about the model.
+        "dict(type(model).__dict__)",
+        "list(dict.keys(G['__import_math'].__dict__))[0]",
+        "G['__import_math'].__dict__",
     ]
-    state = ModelState.of(names, {"__import_math": "math"}, classifier(), {})
+    asked = [("G['__import_math']", ".nowhere")]
+    state = ModelState.of(names, {"__import_math": "math"}, classifier(), {}, absent=asked)
     assert state.facts == {
         "model.training": "False",
         "model._modules['base_model'].peft_config['default'].r": "4",
@@ -437,6 +562,7 @@ def test_facts_are_the_same_in_every_process_and_skip_what_leads_nowhere():
     assert describe({"a": 1, "b": object()}) == "dict of 'a', 'b'"
     assert describe([1, 2]) == "list of 2"
     assert describe(describe) == "function mmopt.compilation.state.describe"
+    assert describe(state.watch) == "method mmopt.compilation.state.ModelState.watch"
     assert "0x" not in describe(object())
 
 

@@ -380,17 +380,19 @@ def test_cpu_blocks_of_a_few_rows_change_nothing(
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="the CPU implementation keeps masks")
-def test_kept_mask_is_that_of_the_values_of_its_bounds() -> None:
+@pytest.mark.parametrize("impl", ["auto", "cpu"])
+def test_kept_mask_is_that_of_the_values_of_its_bounds(impl: str) -> None:
     """Bounds written over in place, as Inductor reuses buffers, and a mask made without grad."""
+    cpu._kept.cache_clear()
     q, k, v = inputs(Case(S=12, T=12), torch.float32)
     lo, hi = torch.zeros(1, 12, dtype=torch.int32), torch.full((1, 12), 12, dtype=torch.int32)
     for last in (5, 9, 5):
         hi.fill_(last)
         bounds = Intervals(lo, hi)
         with torch.inference_mode():
-            attention(q, k, v, intervals=bounds, impl="cpu")
+            attention(q, k, v, intervals=bounds, impl=impl)
         kept = cpu._kept.cache_info().hits
-        got = attention(q, k, v, intervals=bounds, impl="cpu")
+        got = attention(q, k, v, intervals=bounds, impl=impl)
         assert cpu._kept.cache_info().hits > kept
         want, _ = reference(q, k, v, lo, hi, None, None, False, q.shape[3] ** -0.5, None, 0.0)
         torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-5)
@@ -570,7 +572,29 @@ def test_free_strides_give_the_same_result(impl: str) -> None:
 
 
 @pytest.mark.parametrize("impl", ["auto", *IMPLS])
-@pytest.mark.parametrize("options", [{}, {"causal": True}], ids=str)
+@pytest.mark.parametrize("kind", ["every second", "expanded"])
+@pytest.mark.parametrize("name", ["q", "k", "v", "grad"])
+def test_any_input_may_have_any_last_stride(name: str, kind: str, impl: str) -> None:
+    """PyTorch's kernel for the CPU does not look at the stride, and reads the elements between."""
+    dense = dict(zip("qkv", inputs(Case(S=10, T=12, D=16), torch.float32, False), strict=True))
+    dense["grad"] = torch.randn_like(dense["q"])
+    strided = dict(dense)
+    if kind == "expanded":
+        strided[name] = dense[name][..., :1].expand_as(dense[name])
+        dense[name] = strided[name].clone(memory_format=torch.contiguous_format)
+    else:
+        strided[name] = torch.stack([dense[name], torch.full_like(dense[name], 7.0)], -1)[..., 0]
+    assert strided[name].stride(3) != 1
+    found, wanted = [], []
+    for given, results, by in ((strided, found, impl), (dense, wanted, "reference")):
+        leaves = [given[each].detach().requires_grad_() for each in "qkv"]
+        out = attention(*leaves, causal=True, impl=by)
+        results += [out, *torch.autograd.grad(out, leaves, given["grad"])]
+    torch.testing.assert_close(found, wanted, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("impl", ["auto", *IMPLS])
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"softcap": 2.0}], ids=str)
 def test_output_is_stored_by_sequence_whatever_the_order_of_the_inputs(
     options: dict[str, Any], impl: str
 ) -> None:
@@ -762,6 +786,78 @@ def test_one_call_of_pytorchs_kernel_is_made_without_the_op(
     grad = torch.randn_like(out)
     found, wanted = (torch.autograd.grad(x, (q, k, v), grad) for x in (out, expected))
     torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="PyTorch's kernel for the CPU")
+def test_one_causal_query_needs_neither_mask_nor_op() -> None:
+    """A decode step, in which it sees every key."""
+    q, k, v = inputs(Case(S=1, T=70, D=8), torch.float32)
+    out = attention(q, k, v, causal=True)
+    assert out.grad_fn is not None
+    assert "ScaledDotProduct" in out.grad_fn.name()
+    torch.testing.assert_close(out, attention(q, k, v, causal=True, impl="reference"))
+
+
+def test_sequence_that_sees_nothing_is_zero_beside_one_that_sees_all() -> None:
+    """On the CPU a sequence is a block here, and only the first has anything to compute."""
+    q, k, v = inputs(Case(B=2, Hq=1, Hkv=1, S=64, T=1024, D=8), torch.float32)
+    hi = torch.tensor([[1024], [0]], dtype=torch.int32, device=DEVICE).expand(2, 64)
+    bounds = Intervals(torch.zeros_like(hi), hi)
+    out = attention(q, k, v, intervals=bounds)
+    want = attention(q, k, v, intervals=bounds, impl="reference")
+    torch.testing.assert_close(out, want, atol=1e-5, rtol=1e-5)
+    assert not out[1].any()
+    grads, wanted = (torch.autograd.grad((x * x).sum(), (q, k, v)) for x in (out, want))
+    torch.testing.assert_close(grads, wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="the blocks are those of the CPU implementation")
+@pytest.mark.parametrize("softcap", [None, 50.0], ids=["flash", "written"])
+def test_cpu_blocks_add_up_gradients_of_keys_wider_than_16_bits(
+    softcap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Added up in bfloat16, a key of thousands of queries would stop at 512."""
+    S = 2048
+    for name in ("MASK_ELEMENTS", "MASK_ROW_ELEMENTS", "SCORE_ELEMENTS"):
+        monkeypatch.setattr(cpu, name, 1)
+    for name in ("MASK_ROWS", "SCORE_ROWS"):
+        monkeypatch.setattr(cpu, name, 31)
+    monkeypatch.setattr(cpu, "KEPT_ELEMENTS", 0)
+    q, k, v = (torch.ones(1, 1, n, 8, dtype=torch.bfloat16, requires_grad=True) for n in (S, 1, 1))
+    hi = torch.ones(1, S, dtype=torch.int32)
+    hi[0, 0] = 0
+    bounds = Intervals(torch.zeros_like(hi), hi)
+    out = attention(q, k, v, intervals=bounds, softcap=softcap, impl="cpu")
+    (dv,) = torch.autograd.grad(out.sum(), v)
+    torch.testing.assert_close(dv, torch.full_like(v, S - 1))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_scaled_losses_do_not_overflow_where_scores_lose_what_they_share(
+    softcap: float | None, impl: str
+) -> None:
+    """Float16 with a scaled loss: the gradient times the output is over its largest number."""
+    q, k, v = inputs(Case(S=9, T=11, D=16), torch.float16, requires_grad=False)
+    leaves = [x.requires_grad_() for x in (q, k, v + 100.0)]
+    out = attention(*leaves, softcap=softcap, impl=impl)
+    for grad in torch.autograd.grad(out, leaves, torch.full_like(q, 1000.0)):
+        assert grad.isfinite().all()
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="the CPU implementation")
+@pytest.mark.parametrize("softcap", [None, 3.0], ids=["flash", "written"])
+def test_cpu_backward_returns_gradients_in_the_dtypes_of_its_inputs(softcap: float | None) -> None:
+    """As its fake promises. Autograd would cast them, and a compiled graph would not."""
+    case = Case(S=9, T=11, D=8, mask="random")
+    q, k, v = inputs(case, torch.bfloat16, requires_grad=False)
+    bounds = case.intervals()
+    assert bounds is not None
+    shared = (bounds.lo, bounds.hi, None, None, False, 0.3, softcap, 0.0)
+    out, lse = cpu.forward(q, k, v, *shared)
+    grads = cpu.backward(torch.ones_like(out), None, q, k, v, out, lse, *shared)
+    assert [grad.dtype for grad in grads[:3]] == [torch.bfloat16] * 3
+    assert lse.dtype == torch.float32
 
 
 @pytest.mark.parametrize("impl", ["reference", "auto"])

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -867,6 +868,14 @@ def test_second_derivative_is_refused(impl: str) -> None:
     (dq,) = torch.autograd.grad(attention(q, k, v, impl=impl).sum(), q, create_graph=True)
     with pytest.raises(NotImplementedError, match="second derivative"):
         dq.sum().backward()
+
+
+def test_tensors_without_values_take_bounds_outside_of_their_mode() -> None:
+    """Bounds in host memory are looked at, but not where a tensor is fake."""
+    with FakeTensorMode():
+        q = torch.empty(2, 2, 5, 8, device=DEVICE)
+        hi = torch.empty(2, 5, dtype=torch.int32, device=DEVICE)
+    assert attention(q, q, q, intervals=Intervals(hi, hi)).shape == q.shape
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="the op itself has no rule for transforms")

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import masking_utils as hf
 
 from mmopt_kernels import Intervals, KernelInputError
@@ -442,6 +443,20 @@ def test_without_proofs_one_graph_serves_all_lengths(name: str) -> None:
             got = compiled(x)
         for bound, want in zip(got, step(x), strict=True):
             assert torch.equal(bound, want)
+
+
+def test_sizes_may_be_symbols_of_a_trace() -> None:
+    """As `torch.export` and `make_fx` give them, where no Dynamo stands between."""
+
+    def step(x: Tensor) -> tuple[Tensor, Tensor]:
+        S = x.shape[1]
+        seen = Intervals.causal(S, device=DEVICE) & Intervals.sliding_window(3, 0, S, device=DEVICE)
+        return seen.lo, seen.hi
+
+    traced = make_fx(step, tracing_mode="symbolic")(torch.zeros(2, 7))
+    x = torch.zeros(2, 9)
+    for bound, want in zip(traced(x), step(x), strict=True):
+        assert torch.equal(bound, want)
 
 
 # Messages: what it was, what was expected, what to do.

@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 from multiprocessing.reduction import ForkingPickler
+from types import SimpleNamespace
 
 import families
 import pytest
@@ -27,6 +28,8 @@ from transformers import (
     DogeForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    Kosmos2Config,
+    Kosmos2ForConditionalGeneration,
     LayoutLMConfig,
     LayoutLMModel,
     LlamaConfig,
@@ -47,7 +50,9 @@ from transformers import (
     T5ForConditionalGeneration,
     ViTConfig,
     ViTForImageClassification,
+    masking_utils,
 )
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaPreTrainedModel
 
 import mmopt
 from mmopt.attach import attention as plumbing
@@ -256,6 +261,30 @@ def test_generation_with_a_cache_gives_the_same_tokens():
     assert got.tolist() == expected.tolist()
 
 
+@torch.no_grad()
+def test_a_prompt_in_two_parts_gives_the_same_logits():
+    """The second part's first query sees the first part and itself: bounds, though no mask is."""
+    model = build(llama)
+    ids = text()["input_ids"]
+    expected = model(ids).logits
+    mmopt.optimize(model)
+    first = model(ids[:, :5], use_cache=True)
+    second = model(ids[:, 5:], past_key_values=first.past_key_values)
+    got = torch.cat([first.logits, second.logits], 1)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_bounds_of_a_sliding_cache_count_from_its_first_key():
+    """The cache has dropped 4 keys; transformers' own mask is the oracle."""
+    sizes = {"batch_size": 1, "q_length": 2, "kv_length": 5, "q_offset": 7, "kv_offset": 4}
+    function = masking_utils.sliding_window_causal_mask_function(3)
+    options = {"mask_function": function, "allow_is_causal_skip": False}
+    found = plumbing.interval_mask(**sizes, **options)
+    key = torch.arange(5)
+    seen = (found[..., :1] <= key) & (key < found[..., 1:])
+    assert torch.equal(seen, masking_utils.sdpa_mask(**sizes, **options))
+
+
 def test_bool_mask_that_the_caller_prepared_is_reduced():
     """transformers passes a 4-D mask on as it is."""
     model = build(llama)
@@ -267,6 +296,84 @@ def test_bool_mask_that_the_caller_prepared_is_reduced():
     torch.testing.assert_close(model(**batch).logits, expected, rtol=1e-5, atol=1e-5)
     with pytest.raises(InputError, match=r"float32 \(3, 1, 11, 11\), expected the bounds"):
         model(**{**batch, "attention_mask": torch.zeros(3, 1, 11, 11)})
+
+
+@pytest.mark.parametrize(
+    ("S", "T", "module", "given", "seen"),
+    [
+        (5, 5, True, {}, lambda i, j: j <= i),
+        (5, 5, None, {}, lambda i, j: j <= i),
+        (5, 5, True, {"is_causal": False}, lambda i, j: j >= 0),
+        (5, 5, False, {"is_causal": True}, lambda i, j: j <= i),
+        (3, 7, True, {}, lambda i, j: j <= i),
+        (1, 7, True, {}, lambda i, j: j >= 0),
+        (5, 5, False, {"cu_seq_lens_q": torch.tensor([0, 2, 5])}, lambda i, j: (i < 2) == (j < 2)),
+        (5, 5, True, {"cu_seq_lens_q": torch.tensor([0, 2, 5])}, lambda i, j: j <= i),
+    ],
+    ids=[
+        "causal",
+        "unsaid",
+        "not",
+        "after all",
+        "static-prefill",
+        "decode",
+        "pieces",
+        "causal-pieces",
+    ],
+)
+def test_attention_without_a_mask_sees_what_transformers_means(S, T, module, given, seen):
+    """A static cache has keys behind the queries of its prefill that nobody has written yet."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, n, 8, generator=g) for n in (S, T, T))
+    owner = SimpleNamespace() if module is None else SimpleNamespace(is_causal=module)
+    out, weights = plumbing.interval_attention(owner, q, k, v, None, **given)
+    mask = seen(torch.arange(S)[:, None], torch.arange(T)[None])
+    want = torch.nn.functional.scaled_dot_product_attention(
+        q.double(), k.double(), v.double(), attn_mask=mask
+    )
+    torch.testing.assert_close(out.double(), want.transpose(1, 2), rtol=1e-5, atol=1e-5)
+    assert out.is_contiguous()
+    assert weights is None
+
+
+def test_sinks_keep_the_dtype_of_the_checkpoint():
+    """PEFT's float32 adapters make the query float32, and not the sinks."""
+    q, sinks = torch.ones(1, 2, 3, 8), torch.tensor([0.5, 1.0])
+    out, want = (
+        plumbing.interval_attention(nn.Identity(), q, q, q, None, s_aux=each)[0]
+        for each in (sinks.bfloat16(), sinks)
+    )
+    assert torch.equal(out, want)
+
+
+@pytest.mark.parametrize(
+    ("mask", "given", "message"),
+    [
+        (None, {"position_bias": torch.zeros(1)}, "asks for position_bias, which the op does not"),
+        (None, {"indices": torch.zeros(1)}, "asks for indices, which the op does not have"),
+        (torch.ones(1, 2, 3, 3).bool(), {}, "the mask differs between 2 heads, expected one"),
+        (
+            torch.ones(1, 3, 3).bool(),
+            {},
+            r"the mask is torch.bool \(1, 3, 3\), expected",
+        ),
+        (
+            torch.zeros(1, 1, 3, 3),
+            {},
+            r"the mask is torch.float32 \(1, 1, 3, 3\), expec",
+        ),
+        (
+            torch.zeros(1, 1, 3, 3).int(),
+            {},
+            r"the mask is torch.int32 \(1, 1, 3, 3\), expect",
+        ),
+    ],
+    ids=["bias", "keys", "heads", "dimensions", "additive", "no-bounds"],
+)
+def test_what_the_op_cannot_be_given_is_refused_in_the_call(mask, given, message):
+    q = torch.zeros(1, 2, 3, 8)
+    with pytest.raises(InputError, match=message):
+        plumbing.interval_attention(nn.Identity(), q, q, q, mask, **given)
 
 
 @pytest.mark.parametrize("factory", [bert, llama], ids=["bert", "llama"])
@@ -471,6 +578,50 @@ def test_attention_that_the_op_cannot_serve_is_left_alone(factory, reason):
     assert report.rows
     assert all(reason in row.reason for row in report.rows)
     assert model.config._attn_implementation == before
+
+
+def test_masks_that_a_tower_makes_in_methods_of_its_own_leave_that_tower_alone():
+    text = {"vocab_size": 99, "embed_dim": 32, "layers": 1, "ffn_dim": 48, "attention_heads": 4}
+    config = Kosmos2Config(text_config=text, vision_config=SEEING, latent_query_num=2)
+    report = mmopt.optimize(Kosmos2ForConditionalGeneration(config), loss=False)
+    reasons = {row.name: row.reason for row in report.rows if row.kind == "attention"}
+    assert reasons["text_model"] == (
+        "Kosmos2TextTransformer adds a mask of its own, _prepare_decoder_attention_mask, to scores"
+    )
+    assert reasons["vision_model"] is None
+
+
+class PickingAttention(LlamaAttention):
+    def forward(self, x, attention_mask=None, **kwargs):
+        return attention_interface(self, x, attention_mask, block_indices=x)  # noqa: F821
+
+
+class SinkingAttention(LlamaAttention):
+    def forward(self, x, attention_mask=None, **kwargs):
+        return attention_interface(self, x, attention_mask, sinks=x)  # noqa: F821
+
+
+@pytest.mark.parametrize(
+    ("kind", "option"), [(PickingAttention, "block_indices"), (SinkingAttention, "sinks")]
+)
+def test_attention_that_is_given_what_the_op_has_not_is_left_alone(kind, option):
+    """MiniMax-M3 picks keys block by block, Inkling's sinks are other sinks."""
+    model = build(llama)
+    model.model.layers[1].self_attn.__class__ = kind
+    (row,) = mmopt.optimize(model, loss=False).rows
+    assert row.became is None
+    assert row.reason == f"{kind.__name__} passes {option} to its attention function"
+
+
+@pytest.mark.parametrize(("flash", "became"), [(True, "mmopt::attention"), (False, None)])
+def test_without_sdpa_a_model_is_taken_that_takes_flash_attention(flash, became, monkeypatch):
+    """With softcap or sinks it does, and one that takes neither rewrites keys or masks."""
+    monkeypatch.setattr(LlamaPreTrainedModel, "_supports_sdpa", False)
+    monkeypatch.setattr(LlamaPreTrainedModel, "_supports_flash_attn", flash)
+    report = mmopt.optimize(build(lambda: llama(attn_implementation="eager")), loss=False)
+    (row,) = report.rows
+    assert row.became == became
+    assert flash or "takes neither sdpa nor flash attention" in row.reason
 
 
 def pixtral():

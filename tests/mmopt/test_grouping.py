@@ -228,6 +228,8 @@ def drawn(build):
     run.graph.lint()
     run.recompile()
     torch.testing.assert_close(run(*(value.clone() for value in values)), expected)
+    groups = [node for node in run.graph.nodes if node.target is GROUP.default]
+    assert all(node.args[-1] == "reference" for node in groups), "as asked for"
     return sizes(run.graph)
 
 
@@ -245,9 +247,15 @@ def group(graph, x, *layers, biases=(), biased=None):
     return graph.call_function(operator.getitem, (node, 0))
 
 
-@pytest.mark.parametrize("options", [{"scale": 1.0}, {"impl": "auto"}, {"index": 0}], ids=str)
-def test_layers_that_run_in_another_way_stay_apart(options):
+@pytest.mark.parametrize(
+    "options", [{"scale": 1.0}, {"impl": "auto"}, {"index": 0}, {"keyword": True}], ids=str
+)
+def test_layers_that_run_or_are_written_in_another_way_stay_apart(options):
     def build(graph, x, first, second):
+        if "keyword" in options:
+            arguments = (x, *second, None, None, None, 1, 0.5, 0.0)
+            node = graph.call_function(ONE.default, arguments, {"impl": "reference"})
+            return one(graph, x, first), graph.call_function(operator.getitem, (node, 0))
         if "index" in options:
             zeros = graph.call_function(torch.zeros, (6,), {"dtype": torch.int32})
             return one(graph, x, first), one(graph, x, second, index=zeros)
@@ -303,7 +311,9 @@ def test_nothing_is_joined_across_what_might_change_an_input(kind):
         elif kind == "enter autocast":
             arguments = ("cpu", torch.bfloat16, False, None)
             entered = graph.call_function(torch.amp.autocast_mode._enter_autocast, arguments)
+            inside = one(graph, x, second)
             graph.call_function(torch.amp.autocast_mode._exit_autocast, (entered,))
+            return y, inside
         else:
             graph.call_function(torch.ops.higher_order.print, ("", {}))
         return y, one(graph, x, second)

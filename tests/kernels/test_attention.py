@@ -387,6 +387,7 @@ def test_kept_mask_is_that_of_the_values_of_its_bounds(impl: str) -> None:
     cpu._kept.cache_clear()
     q, k, v = inputs(Case(S=12, T=12), torch.float32)
     lo, hi = torch.zeros(1, 12, dtype=torch.int32), torch.full((1, 12), 12, dtype=torch.int32)
+    lo[0, 6:] = 2  # rows of one range would need no mask
     for last in (5, 9, 5):
         hi.fill_(last)
         bounds = Intervals(lo, hi)
@@ -848,8 +849,13 @@ def test_scaled_losses_do_not_overflow_where_scores_lose_what_they_share(
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="the CPU implementation")
 @pytest.mark.parametrize("softcap", [None, 3.0], ids=["flash", "written"])
-def test_cpu_backward_returns_gradients_in_the_dtypes_of_its_inputs(softcap: float | None) -> None:
-    """As its fake promises. Autograd would cast them, and a compiled graph would not."""
+def test_cpu_backward_returns_gradients_in_the_dtypes_of_its_inputs(
+    softcap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As its fake promises, of several blocks. Autograd would cast them, a compiled graph not."""
+    for name in ("MASK_ELEMENTS", "MASK_ROW_ELEMENTS", "MASK_ROWS"):
+        monkeypatch.setattr(cpu, name, 2)
+    monkeypatch.setattr(cpu, "KEPT_ELEMENTS", 0)
     case = Case(S=9, T=11, D=8, mask="random")
     q, k, v = inputs(case, torch.bfloat16, requires_grad=False)
     bounds = case.intervals()

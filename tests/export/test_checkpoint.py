@@ -1,6 +1,7 @@
 """What is not a model, is damaged, or does not belong together is refused by name."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -153,6 +154,21 @@ def test_an_adapter_for_a_wider_base_names_key_and_both_sizes(
     (other / "config.json").unlink()
     with pytest.raises(InputError, match=r"\(4, 64\) \(the base's bert.* has in_features 32\)"):
         load_checkpoint(str(classifier), adapters=[str(other)])
+
+
+@pytest.mark.parametrize("adapt", ["attach", "merge"])
+@pytest.mark.parametrize("shape", [(), (4,)], ids=str)
+def test_an_adapter_of_too_few_dimensions_is_named(
+    shape: tuple[int, ...], adapt: Adapt, classifier: Path, adapter: Path, tmp_path: Path
+) -> None:
+    other = Path(shutil.copytree(adapter, tmp_path / "other"))
+    path = other / "adapter_model.safetensors"
+    tensors = load_file(path)
+    key = next(name for name in tensors if name.endswith("lora_A.weight"))
+    save_file({**tensors, key: torch.ones(shape)}, path, metadata={"format": "pt"})
+    message = f"{re.escape(f'{key} {shape}')} .*the base's .* has in_features 32"
+    with pytest.raises(InputError, match=message):
+        load_checkpoint(str(classifier), adapters=[str(other)], adapt=adapt)
 
 
 def test_an_adapter_trained_on_other_weights_is_refused(

@@ -149,4 +149,7 @@ def _lora_fault(module: nn.Module, kind: str, shape: tuple[int, ...]) -> str | N
         return None
     name = names[0] if side == 1 else names[1]
     size = getattr(module, name, None)
-    return f"{name} {size}" if isinstance(size, int) and shape[side] != size else None
+    if not isinstance(size, int):
+        return None
+    # Another number of dimensions is as foreign as another size.
+    return f"{name} {size}" if len(shape) <= side or shape[side] != size else None

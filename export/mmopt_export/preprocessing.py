@@ -28,6 +28,7 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 _RESAMPLES = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
 # 10 minutes at 48 kHz in stereo, 230 MB as float32.
 MAX_SAMPLES = 57_600_000
+_WIDEST = 4  # bytes of a sample: more than any recorder writes as integers
 
 Array = npt.NDArray[Any]
 
@@ -176,6 +177,11 @@ def open_sound(
         with wave.open(io.BytesIO(source) if isinstance(source, bytes) else str(source)) as file:
             rate, channels, width = file.getframerate(), file.getnchannels(), file.getsampwidth()
             frames = file.getnframes()
+            if width > _WIDEST:
+                raise InputError(
+                    f"{name} has {8 * width} bits a sample, expected at most {8 * _WIDEST}. "
+                    "Save it as PCM of 16 bits."
+                )
             if rate != sampling_rate:
                 raise InputError(
                     f"{name} has {rate} samples a second, expected {sampling_rate}. Resample it."

@@ -215,6 +215,17 @@ def test_bad_sounds_are_refused(tmp_path: Path) -> None:
         open_sound(b"RIFFjunk", sampling_rate=16_000)
 
 
+@pytest.mark.parametrize("bits", [40, 64, 128])
+def test_samples_of_more_than_32_bits_are_refused(bits: int) -> None:
+    """`wave` reads them; NumPy has no integers of 5 bytes."""
+    form = struct.pack("<HHIIHH", 1, 1, 16_000, 2_000 * bits, bits // 8, bits)
+    data = bytes(bits)
+    chunks = b"fmt " + struct.pack("<I", len(form)) + form + b"data" + struct.pack("<I", len(data))
+    sound = b"RIFF" + struct.pack("<I", 4 + len(chunks) + len(data)) + b"WAVE" + chunks + data
+    with pytest.raises(InputError, match=f"has {bits} bits a sample, expected at most 32"):
+        open_sound(sound, sampling_rate=16_000)
+
+
 @pytest.mark.parametrize("norm", ["group", "layer"])
 def test_sound_values_are_those_of_the_feature_extractor(norm: str, tmp_path: Path) -> None:
     import transformers

@@ -16,6 +16,7 @@ import pytest
 from mmopt_export.preprocessing import (
     decode_ctc,
     frames_of,
+    on_white,
     open_image,
     open_sound,
     process_images,
@@ -103,6 +104,33 @@ def test_transparency_is_laid_on_white(tmp_path: Path) -> None:
     np.testing.assert_array_equal(
         process_images([clear], constants), process_images([white], constants)
     )
+
+
+@pytest.mark.parametrize("mode", ["P", "RGB"])
+def test_a_color_that_stands_for_transparency_is_white(mode: str) -> None:
+    """Palettes and pictures without an alpha channel name a color that is clear."""
+    image = Image.new("RGB", (2, 1), (10, 20, 30))
+    image.putpixel((1, 0), (200, 100, 50))
+    key: Any = (10, 20, 30)
+    if mode == "P":
+        image = image.quantize(2)
+        key = image.getpixel((0, 0))
+    opened = open_image(encoded(image, transparency=key))
+    assert opened.mode == mode
+    found = np.asarray(on_white(opened).convert("RGB"))
+    np.testing.assert_array_equal(found[0], [(255, 255, 255), (200, 100, 50)])
+
+
+@pytest.mark.parametrize("size", [(5, 12), (12, 5), (4, 7), (12, 12)], ids=str)
+def test_a_crop_is_transformers_also_where_the_picture_is_smaller(size: tuple[int, int]) -> None:
+    from transformers.image_transforms import center_crop
+
+    constants = {"channels": "RGB", "resize": None, "crop": {"height": 8, "width": 9}}
+    constants |= {"rescale": None, "mean": None}
+    pixels = picture(*size)
+    expected = center_crop(pixels.transpose(2, 0, 1), (8, 9), input_data_format="channels_first")
+    found = process_images([Image.fromarray(pixels)], constants)
+    np.testing.assert_array_equal(found[0], expected)
 
 
 def test_a_picture_is_turned_upright() -> None:
@@ -211,8 +239,12 @@ def test_bad_sounds_are_refused(tmp_path: Path) -> None:
         open_sound(good, sampling_rate=16_000, max_samples=399)
     with pytest.raises(InputError, match="cut off"):
         open_sound(good.read_bytes()[:-100], sampling_rate=16_000)
-    with pytest.raises(InputError, match="no PCM wav file"):
-        open_sound(b"RIFFjunk", sampling_rate=16_000)
+    for junk in (b"RIFFjunk", b""):
+        with pytest.raises(InputError, match="no PCM wav file"):
+            open_sound(junk, sampling_rate=16_000)
+    silent = save_sound(tmp_path / "none.wav", np.zeros(0))
+    with pytest.raises(InputError, match=r"none\.wav has 0 bytes of sound.* empty or cut off"):
+        open_sound(silent, sampling_rate=16_000)
 
 
 @pytest.mark.parametrize("bits", [40, 64, 128])
@@ -224,6 +256,27 @@ def test_samples_of_more_than_32_bits_are_refused(bits: int) -> None:
     sound = b"RIFF" + struct.pack("<I", 4 + len(chunks) + len(data)) + b"WAVE" + chunks + data
     with pytest.raises(InputError, match=f"has {bits} bits a sample, expected at most 32"):
         open_sound(sound, sampling_rate=16_000)
+
+
+def test_the_samples_of_all_channels_count_to_the_limit() -> None:
+    buffer = io.BytesIO()
+    with wave.open(buffer, "wb") as file:
+        file.setnchannels(4)
+        file.setsampwidth(2)
+        file.setframerate(16_000)
+        file.writeframes(bytes(4 * 2 * 10))
+    sound = buffer.getvalue()
+    assert open_sound(sound, sampling_rate=16_000, max_samples=40).shape == (10,)
+    with pytest.raises(InputError, match="has 40 samples, expected at most 39"):
+        open_sound(sound, sampling_rate=16_000, max_samples=39)
+
+
+def test_silence_is_zero_and_padding_is_the_constants() -> None:
+    """A sound without any variance is not divided by it."""
+    constants = {"normalize": True, "padding_value": -2.0, "mask": True, "shortest": 1}
+    feeds = process_sounds([np.zeros(3, np.float32), np.full(2, 0.5, np.float32)], constants)
+    assert feeds["input_values"].tolist() == [[0, 0, 0], [0, 0, -2]]
+    assert feeds["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
 
 
 @pytest.mark.parametrize("norm", ["group", "layer"])
@@ -258,6 +311,7 @@ def test_frames_are_those_of_the_model(tmp_path: Path) -> None:
     for samples in (30, 31, 49, 50, 1234):
         expected = int(model._get_feat_extract_output_lengths(samples))
         assert frames_of(np.array([samples]), audio).tolist() == [expected]
+    assert frames_of(np.array([0, 1]), audio).tolist() == [0, 0]
     with pytest.raises(InputError, match="sound 1 has 29 samples, expected at least 30"):
         process_sounds([np.zeros(30, np.float32), np.zeros(29, np.float32)], audio)
     with pytest.raises(InputError, match="no sounds were given"):
@@ -279,6 +333,12 @@ def test_ctc_texts_are_those_of_the_tokenizer(tmp_path: Path) -> None:
     expected = [tokenizer.decode(row[:n]) for row, n in zip(ids, lengths, strict=True)]
     assert decode_ctc(logits, constants, lengths) == expected
     assert any("'" in text and " " in text for text in expected)
+    small = decode_ctc(logits, {**constants, "lower": True}, lengths)
+    assert small == [text.lower() for text in expected] != expected
+    # The blank is any token, and there may be none between words.
+    other = {"tokens": ["A", "B", "-"], "blank": 2, "delimiter": None, "lower": False}
+    spoken = np.eye(3, dtype=np.float32)[[[0, 2, 0, 0, 1, 2]]]
+    assert decode_ctc(spoken, other, [6]) == ["AAB"]
 
 
 def test_the_lines_of_a_file_are_read_with_paths_relative_to_it(tmp_path: Path) -> None:

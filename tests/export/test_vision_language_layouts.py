@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 
 from mmopt_export.image_layouts import (
+    _fit,
+    _multiple,
     block_ends,
     image_text,
     lay_out,
@@ -63,6 +65,59 @@ def test_pixels_equal_the_processors(
     pixels = np.asarray(expected["pixel_values"]).reshape(-1, *actual.shape[1:])
     assert pixels.shape == actual.shape
     assert np.abs(pixels - actual).max() < 1e-5
+
+
+@pytest.mark.parametrize("longest", [64, 80])
+def test_tiles_of_any_size_are_the_processors(
+    constants: dict[str, dict[str, Any]], longest: int
+) -> None:
+    """Where a side falls a little behind a multiple of a tile's, one more or less is at stake."""
+    made = type(tiny_vlm.make_processor("smolvlm"))
+    processor = made(size={"longest_edge": longest}, max_image_size={"longest_edge": 32})
+    sizes = np.random.default_rng(0).integers(20, 120, (30, 2)).tolist()
+    for height, width in [*sizes, (80, 54), (54, 80)]:
+        image = picture(height, width)
+        rows = processor(images=[image], return_tensors="np", return_row_col_info=True)
+        laid = lay_out(image, {**constants["smolvlm"], "longest": longest})
+        assert laid.grid == (rows["rows"][0][0], rows["cols"][0][0])
+
+
+def test_a_picture_that_is_not_split_is_one_tile(constants: dict[str, dict[str, Any]]) -> None:
+    processor = tiny_vlm.make_processor("smolvlm")
+    processor.do_image_splitting = False
+    image = picture(40, 70)
+    laid = lay_out(image, {**constants["smolvlm"], "split": False})
+    expected = processor(images=[image], return_tensors="np")["pixel_values"][0]
+    assert laid.grid == (0, 0)
+    assert laid.pixels.shape == expected.shape == (1, 3, 32, 32)
+    assert np.abs(laid.pixels - expected).max() < 1e-5
+
+
+@pytest.mark.parametrize("longest", [64, 1537, 5000])
+def test_sides_are_those_of_the_processors_of_tiles(longest: int) -> None:
+    """Also of a picture that is one pixel wide, and beyond what there may be."""
+    source = import_module("transformers.models.smolvlm.image_processing_pil_smolvlm")
+    sizes = np.random.default_rng(1).integers(1, 3000, (50, 2)).tolist()
+    for height, width in [*sizes, (1, 2000), (6000, 1), (1, 6000), (7, 7)]:
+        expected = source.get_resize_output_image_size(np.empty((height, width)), longest)
+        assert _fit(height, width, longest) == expected
+
+
+@pytest.mark.parametrize(("least", "most"), [(4096, 16384), (256, 2048)])
+def test_sides_are_those_of_the_processors_of_patches(least: int, most: int) -> None:
+    """Small pictures grow, large ones shrink, to not less than one token."""
+    source = import_module("transformers.models.qwen2_vl.image_processing_pil_qwen2_vl")
+    generator = np.random.default_rng(2)
+    sizes = [*generator.integers(8, 400, (60, 2)).tolist(), (3, 600), (600, 3), (1, 200), (8, 1000)]
+    grown = shrunk = 0
+    for height, width in sizes:
+        expected = source.smart_resize(height, width, 8, least, most)
+        found = _multiple(height, width, 8, {"least": least, "most": most})
+        assert found == expected, (height, width)
+        grown += found[0] * found[1] > 2 * height * width
+        shrunk += found[0] * found[1] < height * width / 2
+    assert grown > 0
+    assert shrunk > 3
 
 
 def test_a_picture_in_tiles_has_no_padding(constants: dict[str, dict[str, Any]]) -> None:
@@ -165,6 +220,7 @@ def test_rope_positions_equal_get_rope_index(qwen: Any, grids: list[tuple[int, i
     [
         ([4, IMAGE_TOKEN], [], "more image tokens"),
         ([4, IMAGE_TOKEN, 5], [(4, 4)], "an image has 4 tokens"),
+        ([4, IMAGE_TOKEN, IMAGE_TOKEN], [(4, 4)], "an image has 4 tokens"),
         ([4, 5], [(4, 4)], "1 images have no tokens"),
     ],
 )

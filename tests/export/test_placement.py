@@ -159,6 +159,27 @@ def test_a_cpu_node_in_a_cuda_artifact_is_named(
     assert placement.to_dict()["holds"] is False
 
 
+def test_what_a_cpu_node_writes_counts_as_what_it_reads(tmp_path: Path) -> None:
+    """A Range of small numbers may make a tensor as long as the text."""
+    for count, held in ((100, True), (101, False)):
+        stray = ("long", "Range", CPU, [ONE], [{"int64": [count]}])
+        assert judge(tmp_path / "profile", *RIGHT, stray).holds == held
+    half = ("cast", "Cast", CPU, [ONE], [{"float16": [1]}])
+    assert not judge(tmp_path / "profile", *RIGHT, half).holds
+
+
+def test_only_the_cpu_may_take_arithmetic_on_shapes(tmp_path: Path) -> None:
+    stray = ("gather", "Gather", "TensorrtExecutionProvider", [DIMS, ONE], [ONE])
+    placement = judge(tmp_path / "profile", *RIGHT, stray)
+    assert [node.provider for node in placement.misplaced] == ["TensorrtExecutionProvider"]
+
+
+def test_a_fused_operator_that_is_gone_in_the_run_is_reported(tmp_path: Path) -> None:
+    nodes = read_profile(write_profile(tmp_path / "profile", *RIGHT))
+    placement = judge_placement("model", nodes, {"Gemm": 2, "Add": 1}, provider=CUDA)
+    assert placement.fused == {"Gemm": (2, 0), "SkipLayerNormalization": (0, 1)}
+
+
 def test_copies_between_host_and_device_are_named(tmp_path: Path) -> None:
     copy = ("Memcpy_token_12", "MemcpyToHost", CUDA, [HIDDEN], [HIDDEN])
     placement = judge(tmp_path / "profile", *RIGHT, copy)

@@ -138,9 +138,13 @@ def test_buffers_have_the_type_of_the_graph(llama: Exported, tmp_path: Path) -> 
     np.testing.assert_allclose(*results, atol=2e-2)
 
 
-def counting(path: Path) -> CacheMap:
+def counting(path: Path, *, constant: bool = False) -> CacheMap:
     """A decoder in bf16 that ONNX Runtime's CPU provider runs too: each call adds 1 to its cache,
-    and the cache's mean is the first of two logits."""
+    and the cache's mean is the first of two logits.
+
+    Args:
+        constant: whether what the mean is multiplied by for each logit is an input, `first`.
+    """
     cache = ("past.key", "past.value", "present.key", "present.value")
     value, shape = onnx.helper.make_tensor_value_info, ["B", 1, "T", 2]
     nodes = []
@@ -162,6 +166,7 @@ def counting(path: Path) -> CacheMap:
             value("input_ids", TensorProto.INT64, ["B", "S"]),
             value("attention_mask", TensorProto.INT64, ["B", "M"]),
             *(value(name, TensorProto.BFLOAT16, shape) for name in cache[:2]),
+            *([value("first", TensorProto.FLOAT, [2])] if constant else []),
         ],
         [
             value("logits", TensorProto.FLOAT, ["B", 1, 2]),
@@ -171,7 +176,7 @@ def counting(path: Path) -> CacheMap:
             onnx.numpy_helper.from_array(np.float32(1), "one"),
             onnx.numpy_helper.from_array(np.asarray([1, 2, 3]), "axes"),
             onnx.numpy_helper.from_array(np.asarray([1, 2]), "axes.logits"),
-            onnx.numpy_helper.from_array(np.asarray([1, 0], np.float32), "first"),
+            *([] if constant else [onnx.numpy_helper.from_array(np.float32([1, 0]), "first")]),
         ],
     )
     opsets = [onnx.helper.make_opsetid("", 18)]
@@ -189,6 +194,86 @@ def test_a_cache_in_bf16_is_read_and_written_in_place_and_grows(tmp_path: Path) 
     # Two rows of `held` places hold 2, those that are new hold 0.
     assert conversation.capacity > held
     assert logits[0, 0] == 1 + 2 * 2 / conversation.capacity
+
+
+def test_constants_are_inputs_of_every_run(tmp_path: Path) -> None:
+    """Those of an adapter too: in steps, and where each row runs by itself."""
+    cache = counting(tmp_path / "model.onnx", constant=True)
+
+    def adapters(adapter: str | None, component: str) -> Any:
+        assert component == "model"
+        return {} if adapter is None else {"first": np.float32([0, 5])}
+
+    generator = Generator(tmp_path / "model.onnx", cache, threads=1, adapters=adapters)
+    for adapter, first in ((None, [3, 0]), ("a", [0, 5])):
+        given = {"first": np.float32([3, 0])}
+        conversation = generator.start(2, capacity=8, constants=given, adapter=adapter)
+        for count, prompts in enumerate(([[1], [0]], [[1], [1]], [[1, 0], [0, 1, 1]]), start=1):
+            logits = generator.prefill(prompts, conversation)
+            assert logits.tolist() == [[first[0] * count, first[1] * count]] * 2
+        assert conversation.lengths.tolist() == [4, 5]
+
+
+def test_a_batch_is_one_run_of_the_graph(llama: Exported) -> None:
+    """Rows run by themselves only where several have new tokens after a past."""
+    generator = llama.generator()
+    session, runs = generator.session, []
+
+    class Counted:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(session, name)
+
+        def run_with_iobinding(self, binding: Any) -> None:
+            runs.append(binding)
+            session.run_with_iobinding(binding)
+
+    generator.session = Counted()
+    result = generator.generate(prompts_of(LENGTHS), max_new_tokens=5)
+    assert len(runs) == 5
+    assert len({id(binding) for binding in runs}) == 1
+    generator.prefill(prompts_of((0, 2, 3)), result.conversation)
+    assert len(runs) == 5 + 3
+
+
+def test_buffers_double_and_end_with_the_positions(llama: Exported) -> None:
+    """Growing copies them: token by token that would be as often as there are tokens."""
+    generator = llama.generator()
+    conversation = generator.start(1, capacity=8)
+    capacities = []
+    for length in range(96):
+        assert conversation.lengths.tolist() == [length]
+        generator.step([5], conversation)
+        capacities.append(conversation.capacity)
+    assert sorted(set(capacities)) == [9, 18, 36, 72, 97]
+
+
+def test_tokens_that_are_put_in_follow_the_one_that_came_out_last(llama: Exported) -> None:
+    """`prefill` after `generate`: the pending token goes in once; ids may be arrays."""
+    import torch
+
+    generator = llama.generator()
+    result = generator.generate([np.array([5, 6, 7])], max_new_tokens=3)
+    whole = [5, 6, 7, *result.tokens[0]]
+    for new in ([9, 4], [8], [11]):
+        logits = generator.prefill([np.array(new)], result.conversation)
+        whole += new
+        with torch.no_grad():
+            expected = llama.model(input_ids=torch.tensor([whole])).logits[0, -1]
+        np.testing.assert_allclose(logits[0], expected, atol=3e-5)
+        assert result.conversation.lengths.tolist() == [len(whole)]
+        assert result.conversation.history == [whole]
+
+
+def test_a_row_without_tokens_is_left_alone_where_others_have_several(llama: Exported) -> None:
+    generator = llama.generator()
+    conversation = generator.start(3, capacity=32)
+    generator.prefill(prompts_of((4, 2, 3)), conversation)
+    before = {name: one[1].copy() for name, one in conversation._arrays.items()}
+    logits = generator.prefill([[5, 6], [], [7]], conversation)
+    assert conversation.lengths.tolist() == [6, 2, 4]
+    assert np.any(logits, axis=1).tolist() == [True, False, True]
+    for name, held in before.items():
+        np.testing.assert_array_equal(conversation._arrays[name][1], held)
 
 
 @pytest.mark.parametrize("floats", ["float", "float16", "bfloat16"])
@@ -345,6 +430,7 @@ class _EvenDraw:
     [
         Sampling(temperature=0.7),
         Sampling(top_k=5),
+        Sampling(top_k=VOCABULARY + 1),
         Sampling(top_p=0.8),
         Sampling(top_p=0.05),
         Sampling(temperature=1.3, top_k=20, top_p=0.6),
@@ -398,6 +484,29 @@ def test_a_seed_gives_the_same_again_and_rows_do_not_depend_on_each_other(llama:
     assert generator.generate(prompts, max_new_tokens=10, sampling=other).tokens != first
 
 
+def test_rows_of_one_prompt_draw_their_own(llama: Exported) -> None:
+    sampling = Sampling(temperature=1.5, seed=3)
+    rows = llama.generator().generate([[5, 6]] * 4, max_new_tokens=12, sampling=sampling).tokens
+    assert len(set(map(tuple, rows))) == 4
+
+
+def test_a_draw_at_the_edge_of_a_token_takes_the_next_and_the_last_one_ends() -> None:
+    """Sums of probabilities may end below the largest draw."""
+    even = np.zeros(4, dtype=np.float32)
+    for drawn, token in ((0.0, 0), (0.25, 1), (0.75, 3)):
+        assert choose(even, Sampling(), [], _EvenDraw(drawn)) == token  # type: ignore[arg-type]
+    largest = np.nextafter(1.0, 0.0)
+    tenths = np.zeros(10, dtype=np.float32)
+    assert np.cumsum(distribution(tenths.astype(np.float64), Sampling()))[-1] <= largest
+    assert choose(tenths, Sampling(), [], _EvenDraw(largest)) == 9  # type: ignore[arg-type]
+
+
+def test_large_scores_have_a_distribution() -> None:
+    """Their exponentials alone are infinite."""
+    found = distribution(np.array([900.0, 890.0, -900.0]), Sampling(temperature=0.01))
+    np.testing.assert_array_equal(found, [1, 0, 0])
+
+
 def test_greedy_takes_the_first_of_equal_logits() -> None:
     assert choose(np.array([1, 5, 5, 0], dtype=np.float32), GREEDY, []) == 1
 
@@ -414,10 +523,12 @@ def test_a_penalty_counts_for_greedy_too() -> None:
     [
         ({"temperature": -1.0}, r"temperature is -1.0, expected 0 or more"),
         ({"temperature": float("nan")}, r"temperature is nan"),
+        ({"temperature": float("inf")}, r"temperature is inf"),
         ({"top_k": -1}, r"top_k is -1"),
         ({"top_p": 0.0}, r"top_p is 0.0, expected above 0 and at most 1"),
         ({"top_p": 1.5}, r"top_p is 1.5"),
         ({"repetition_penalty": 0.0}, r"repetition_penalty is 0.0"),
+        ({"repetition_penalty": float("inf")}, r"repetition_penalty is inf"),
         ({"seed": -3}, r"seed is -3"),
     ],
     ids=str,
@@ -447,6 +558,10 @@ def test_bad_prompts_are_refused_and_leave_the_conversation_as_it_was(llama: Exp
         assert conversation.history == [[], []]
     with pytest.raises(InputError, match="max_new_tokens is 0"):
         generator.generate([[5], [6]], max_new_tokens=0)
+    for batch, capacity in ((0, 1), (1, 0)):
+        message = f"batch is {batch} and capacity {capacity}, expected at least 1 each"
+        with pytest.raises(InputError, match=message):
+            generator.start(batch, capacity=capacity)
 
 
 def test_a_cache_of_another_graph_is_refused(llama: Exported) -> None:

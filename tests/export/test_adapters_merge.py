@@ -258,6 +258,27 @@ def test_an_adapter_that_was_never_trained_gives_a_warning(llama: Path, tmp_path
     )
 
 
+def test_an_embeddings_adapter_that_was_never_trained_gives_a_warning(
+    llama: Path, tmp_path: Path
+) -> None:
+    """PEFT starts it with an A of zeros; B is random from the start."""
+
+    def silence(model: torch.nn.Module) -> None:
+        for name, value in model.named_parameters():
+            if ".lora_embedding_A." in name:
+                torch.nn.init.zeros_(value)
+
+    config = lora(target_modules=["embed_tokens", "q_proj"])
+    dead = save_peft(llama, tmp_path / "dead", config, change=silence)
+    notes = load_checkpoint(str(llama), adapters=[str(dead)], adapt="merge").warnings
+    assert notes == (
+        f"{dead}: every A of an embedding is zero, so there it changes nothing. "
+        "Check its training.",
+    )
+    alive = save_peft(llama, tmp_path / "alive", config)
+    assert load_checkpoint(str(llama), adapters=[str(alive)], adapt="merge").warnings == ()
+
+
 def test_merging_infinite_values_does_not_hold(llama: Path, tmp_path: Path) -> None:
     def overflow(model: torch.nn.Module) -> None:
         for name, value in model.named_parameters():

@@ -143,14 +143,27 @@ def _saved_modules(model: Any) -> set[str]:
 
 
 def _dead(model: Any, folder: Path) -> tuple[str, ...]:
-    """A warning for a LoRA that changes nothing, because training never moved its B."""
-    factors = [
+    """Warnings for a LoRA that changes nothing, because training never moved what starts at zero:
+    a layer's B, an embedding's A.
+    """
+    notes = []
+    for every, some, factors in (
+        ("B", "Bs", _factors(model, ".lora_B.")),
+        ("A of an embedding", "As of embeddings", _factors(model, ".lora_embedding_A.")),
+        ("B of an embedding", "Bs of embeddings", _factors(model, ".lora_embedding_B.")),
+    ):
+        zero = sum(not bool(torch.count_nonzero(value)) for value in factors)
+        if zero:
+            all_of_them = zero == len(factors)
+            what = f"every {every} is" if all_of_them else f"{zero} of {len(factors)} {some} are"
+            notes.append(f"{folder}: {what} zero, so there it changes nothing. Check its training.")
+    return tuple(notes)
+
+
+def _factors(model: Any, kind: str) -> list[torch.Tensor]:
+    """The matrices of a LoRA of one kind; those of layers are modules, which may have a bias."""
+    return [
         value
         for key, value in model.named_parameters()
-        if (".lora_B." in key and key.endswith(".weight")) or ".lora_embedding_B." in key
+        if kind in key and not key.endswith(".bias")
     ]
-    zero = sum(not bool(torch.count_nonzero(value)) for value in factors)
-    if not zero:
-        return ()
-    what = "every B is" if zero == len(factors) else f"{zero} of {len(factors)} Bs are"
-    return (f"{folder}: {what} zero, so there it changes nothing. Check its training.",)

@@ -316,6 +316,7 @@ def test_an_adapter_that_lacks_a_layer_is_refused(llama: Path, tmp_path: Path) -
         ({"alora_invocation_tokens": [3]}, "has alora_invocation_tokens and cannot be merged"),
         ({"peft_type": "NO_SUCH_METHOD"}, "is a NO_SUCH_METHOD adapter, whose merge"),
         ({"peft_type": None}, "has no peft_type"),
+        ({"peft_type": ["LORA"]}, "has no peft_type"),
         ({"peft_type": None, "config": {"reduction_factor": 16}}, "bottleneck adapter"),
     ],
     ids=lambda value: "" if isinstance(value, dict) else value.split()[1],
@@ -345,6 +346,21 @@ def test_a_weight_is_read_from_behind_the_path(tmp_path: Path) -> None:
     assert AdapterSpec.parse(f"{named}=-1") == AdapterSpec(str(named), -1.0)
     with pytest.raises(InputError, match="has the weight 'much', expected a number"):
         AdapterSpec.parse("folder=much")
+
+
+def test_an_adapter_of_another_vocabulary_is_named_with_both_sizes(
+    llama: Path, tmp_path: Path
+) -> None:
+    wide = save_llama(tmp_path / "wide", vocab_size=71, attention_bias=True)
+    adapter = save_peft(wide, tmp_path / "adapter", lora(target_modules=["embed_tokens"]))
+    with pytest.raises(InputError, match=r"_A \(4, 71\) \(the base's .* num_embeddings 67\)\. P"):
+        load_checkpoint(str(llama), adapters=[str(adapter)], adapt="merge")
+
+
+def test_an_attached_adapter_has_the_dtype_of_its_base(llama: Path, tmp_path: Path) -> None:
+    adapter = save_peft(llama, tmp_path / "adapter", lora())
+    attached = load_checkpoint(str(llama), adapters=[str(adapter)], dtype=torch.bfloat16).model
+    assert {value.dtype for value in attached.parameters()} == {torch.bfloat16}
 
 
 def test_attaching_keeps_the_adapter_apart(llama: Path, tmp_path: Path) -> None:

@@ -187,6 +187,33 @@ def test_what_adapters_carry_whole_adds_up_as_changes(llama: Path, tmp_path: Pat
         torch.testing.assert_close(merged.get_parameter(name), expected, atol=1e-6, rtol=0)
 
 
+def test_an_embedding_that_is_carried_and_adapted_is_weighted_once(
+    llama: Path, tmp_path: Path
+) -> None:
+    """PEFT saves an embedding that it targets: as it was, beside its A and B."""
+    config = lora(target_modules=["embed_tokens", "q_proj"])
+    adapter = save_peft(llama, tmp_path / "adapter", config)
+    stored = load_file(adapter / "adapter_model.safetensors")
+    name = "base_model.model.model.embed_tokens"
+    assert f"{name}.base_layer.weight" in stored
+    a, b = (stored[f"{name}.lora_embedding_{one}"].double() for one in "AB")
+    base = load_plain(llama).model.embed_tokens.weight.detach().double()
+    specs = [AdapterSpec(str(adapter), -0.5)]
+    merged = load_checkpoint(str(llama), adapters=specs, adapt="merge").model
+    expected = base - 0.5 * (8 / 4) * (b @ a).T
+    found = merged.model.embed_tokens.weight.double()
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+
+
+def test_weighted_trainable_tokens_are_refused_with_the_reason(llama: Path, tmp_path: Path) -> None:
+    config = lora(target_modules=["q_proj"], trainable_token_indices=[3, 4])
+    adapter = save_peft(llama, tmp_path / "adapter", config)
+    with pytest.raises(
+        InputError, match=r"cannot be weighted by 0\.5: it replaces rows of the emb"
+    ):
+        load_checkpoint(str(llama), adapters=[AdapterSpec(str(adapter), 0.5)], adapt="merge")
+
+
 def test_one_dora_takes_plain_loras_beside_it_in_any_order(llama: Path, tmp_path: Path) -> None:
     dora = save_peft(llama, tmp_path / "dora", lora(use_dora=True), seed=1)
     plain = save_peft(llama, tmp_path / "plain", lora(), seed=2)

@@ -57,6 +57,10 @@ def test_the_configuration_names_what_the_graph_has(tmp_path: Path) -> None:
     assert decoder["num_key_value_heads"] == 2
     assert decoder["num_attention_heads"] == 4
     assert decoder["session_options"]["provider_options"] == []
+    assert decoder["num_hidden_layers"] == len(CACHE.layers) > 1
+    search = document["search"]
+    assert (search["do_sample"], search["max_length"]) == (False, 96)
+    assert search["past_present_share_buffer"] is True
     first = path.read_bytes()
     write_genai_config(tmp_path, config, CACHE, file="decoder/model.onnx")
     assert path.read_bytes() == first

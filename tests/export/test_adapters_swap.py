@@ -16,13 +16,17 @@ import onnxruntime
 import pytest
 import torch
 from peft import LoraConfig
+from safetensors.torch import load_file, save_file
 
 from mmopt_export.adapters.files import AdapterSet, group_rows, read_adapter, write_adapter
 from mmopt_export.adapters.spec import AdapterSpec
 from mmopt_export.adapters.swap import (
     Swap,
+    SwapAdapter,
     SwapLinear,
+    _key,
     add_defaults,
+    bind,
     swap_layers,
     swappable,
 )
@@ -351,6 +355,69 @@ def test_a_layer_keeps_what_models_look_at() -> None:
     assert layer.bias is base.bias
     assert (layer.in_features, layer.out_features) == (3, 5)
     assert swap_layers(torch.nn.Sequential(layer)) == [layer]
+
+
+def test_a_layer_is_its_base_again_after_a_run_that_failed() -> None:
+    layer, x = SwapLinear(torch.nn.Linear(3, 5), "x"), torch.ones(2, 3)
+    values = {"x_lora_a": torch.ones(3, 1), "x_lora_b": torch.ones(1, 5)}
+
+    def fail() -> None:
+        with bind([layer], values):
+            torch.testing.assert_close(layer(x), layer.base(x) + 3)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert torch.equal(layer(x), layer.base(x))
+
+
+def test_the_warnings_of_every_adapter_are_the_swaps() -> None:
+    adapters = tuple(SwapAdapter(name, {}, 1, {}, (f"of {name}",)) for name in "ab")
+    assert Swap(None, adapters).warnings == ("of a", "of b")
+
+
+def test_layers_whose_paths_differ_in_dots_and_case_have_keys_of_their_own() -> None:
+    keys: dict[str, str] = {}
+    for path in ("a.b", "a_b", "A.b"):
+        keys[path] = _key(path, keys)
+    assert list(keys.values()) == ["a_b", "a_b_", "a_b__"]
+
+
+def test_defaults_are_added_once(llama: Exported, tmp_path: Path) -> None:
+    graph = tmp_path / "model.onnx"
+    graph.write_bytes(llama.graph.read_bytes())
+    add_defaults(graph)
+    assert graph.read_bytes() == llama.graph.read_bytes()
+
+
+def test_a_head_that_an_adapter_carries_rounded_leaves_the_base_exact(
+    llama: Exported, tmp_path: Path
+) -> None:
+    """PEFT saves a head that it targets beside its A and B, in the adapter's dtype."""
+    adapter = save_peft(llama.base, tmp_path / "a", lora(target_modules=["lm_head"]))
+    path = adapter / "adapter_model.safetensors"
+    stored = load_file(path)
+    key = "base_model.model.lm_head.base_layer.weight"
+    plain = load_plain(llama.base).lm_head.weight
+    rounded = plain.detach().half()
+    assert not torch.equal(rounded.float(), plain)
+    save_file({**stored, key: rounded}, path, metadata={"format": "pt"})
+    model = load_checkpoint(str(llama.base), adapters=[str(adapter)], adapt="swap").model
+    assert torch.equal(model.lm_head.weight, plain)
+    save_file({**stored, key: rounded + 1}, path, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"has lm_head\.weight whole"):
+        load_checkpoint(str(llama.base), adapters=[str(adapter)], adapt="swap")
+
+
+@pytest.mark.parametrize("setting", ["alora_invocation_tokens", "arrow_config"])
+def test_what_depends_on_the_input_is_no_adapter_of_a_graph(
+    setting: str, llama: Exported, tmp_path: Path
+) -> None:
+    adapter = save_peft(llama.base, tmp_path / "adapter", lora(target_modules=["q_proj"]))
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {setting: [3]}))
+    with pytest.raises(InputError, match=f"has {setting} and cannot be merged"):
+        load_checkpoint(str(llama.base), adapters=[str(adapter)], adapt="swap")
 
 
 REFUSED = {

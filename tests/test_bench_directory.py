@@ -103,6 +103,7 @@ def test_the_quick_pass_is_everything_but_slow_and_gpu(ids: list[str]) -> None:
     assert not any("[long-" in one for one in quick)
 
 
+@pytest.mark.slow
 def test_the_gate_times_our_own_quick_benchmarks_alone(ids: list[str]) -> None:
     """It knows names, not marks."""
     skip = read_config(ROOT, None).skips

@@ -308,6 +308,7 @@ def test_gradients_that_differ_or_are_not_numbers_are_another_step() -> None:
     assert "trains 1 tensors" in str(said["fewer"])
 
 
+@pytest.mark.slow
 def test_a_process_of_its_own_measures_and_answers() -> None:
     found = measured_apart(LLAMA_CPU, ["peft"], device="cpu", rounds=1, small=True)
     assert isinstance(found["peft"], Measured)

@@ -128,6 +128,7 @@ def is_changed(nodes: list[onnx_ir.Node]) -> bool:
     return any(".device." in str(value.name) for node in nodes for value in node.outputs)
 
 
+@pytest.mark.slow
 def test_clip_finds_the_end_of_a_text_without_argmax_for_cuda_alone(tmp_path: Path) -> None:
     save_dual_encoder(tmp_path, "CLIP")
     nodes = traced(tmp_path, "text", "cuda")

@@ -242,6 +242,7 @@ def test_weights_become_integers_as_options_say(
     assert bool(record["embeddings"]["tables"]) is recipe["embeddings"]
 
 
+@pytest.mark.slow
 def test_weights_that_4_bits_hold_come_out_as_they_are(tmp_path: Path) -> None:
     """Integers, scales and their layout: with float activations nothing else is left to be off."""
     on_4_bit_grid(tiny_decoder("llama")).save_pretrained(tmp_path / "model")

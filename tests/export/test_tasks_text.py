@@ -74,7 +74,11 @@ def test_a_classifier_of_each_family_gives_pytorchs_logits(family: str, tmp_path
 
 @pytest.mark.parametrize(
     ("family", "target", "ops"),
-    [("Bert", "cpu", 1), ("Bert", "portable", 0), ("ModernBert", "cpu", 0)],
+    [
+        ("Bert", "cpu", 1),
+        ("Bert", "portable", 0),
+        pytest.param("ModernBert", "cpu", 0, marks=pytest.mark.slow),
+    ],
 )
 def test_attention_with_a_mask_of_padding_is_one_op_and_any_other_stays(
     family: str, target: str, ops: int, tmp_path: Path

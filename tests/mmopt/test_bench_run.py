@@ -157,6 +157,7 @@ def test_every_call_gets_other_ids_and_all_variants_the_same_sets(
     assert fed == [turns[index % 3] for index in range(len(fed))]
 
 
+@pytest.mark.slow
 def test_memory_is_the_peak_of_a_process_that_loaded_and_ran_the_variant(
     checkpoint: str, artifact: str
 ) -> None:

@@ -278,6 +278,7 @@ def test_the_ratio_is_taken_round_by_round() -> None:
 # --- what does not hold ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_inductor")
 def test_unequal_results_exit_1_name_the_worst_tensor_and_store_nothing(
     bert: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path

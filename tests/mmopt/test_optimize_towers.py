@@ -359,7 +359,7 @@ COMPILED = {
 }
 
 
-QUICK = ("causal", "packed-sliding")
+QUICK = ("packed-sliding",)
 
 
 @pytest.mark.parametrize(

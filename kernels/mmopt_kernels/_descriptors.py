@@ -31,8 +31,10 @@ def describable(*tensors: Tensor) -> bool:
 
 def descriptor(x: Tensor, block: Sequence[int]) -> TensorDescriptor:
     """Of a `describable` tensor, by such blocks; Triton encodes it anew at every launch."""
-    # No step is ever taken along a dimension of size 1, whose stride may be anything.
-    pairs = list(zip(x.shape[:-1], x.stride()[:-1], strict=True))
-    widest = max((stride for n, stride in pairs if n > 1), default=block[-1])
-    spread = [stride if n > 1 else widest for n, stride in pairs]
-    return TensorDescriptor(x, list(x.shape), [*spread, 1], list(block))
+    *steps, _ = x.stride()
+    if 1 in x.shape:
+        # No step is ever taken along a dimension of size 1, whose stride may be anything.
+        pairs = list(zip(x.shape, steps, strict=False))
+        widest = max((step for n, step in pairs if n > 1), default=block[-1])
+        steps = [step if n > 1 else widest for n, step in pairs]
+    return TensorDescriptor(x, list(x.shape), [*steps, 1], list(block))

@@ -1,4 +1,4 @@
-"""Whether Triton can run here and for which target, asked without importing it."""
+"""Whether Triton can run here and for which target, asked without importing it; launch sizes."""
 
 import functools
 import importlib.util
@@ -97,3 +97,17 @@ def must_widen(dtype: torch.dtype) -> bool:
     changes nothing else.
     """
     return dtype == torch.bfloat16 and interpreting()
+
+
+# Triton's own of these names work within kernels too, and find out at each call where they are: a
+# dozen calls of 4 microseconds were most of what some launches cost the host.
+
+
+def cdiv(n: int, divisor: int) -> int:
+    """How many pieces of at most ``divisor`` make ``n``."""
+    return -(-n // divisor)
+
+
+def next_power_of_2(n: int) -> int:
+    """The least power of two that is not below ``n``, and 1 for 0."""
+    return 1 << max(n - 1, 0).bit_length()

@@ -284,7 +284,7 @@ def launch(
     vector = vector_of(q, k, v, out)
     group = H // k.shape[1]
     uneven = causal or lo is not None
-    n_m = triton.cdiv(S, tile["BLOCK_M"])
+    n_m = _triton.cdiv(S, tile["BLOCK_M"])
     with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]
         attention_forward[(n_m * B * H,)](
             operand(q, tile, "BLOCK_M"),

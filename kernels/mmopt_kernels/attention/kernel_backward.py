@@ -809,7 +809,7 @@ def launch_backward(
     # Triton's interpreter has no reduction through a descriptor.
     bulk = over_keys.pop("BULK", False) and not _triton.interpreting()
     block_m, block_n = over_keys["BLOCK_M"], over_keys["BLOCK_N"]
-    n_m, n_n = triton.cdiv(S, block_m), triton.cdiv(T, block_n)
+    n_m, n_n = _triton.cdiv(S, block_m), _triton.cdiv(T, block_n)
     # As the kernels store them, whatever the order of lse.
     lse = lse.contiguous()
     delta, lse2 = torch.empty_like(lse), torch.empty_like(lse)
@@ -897,7 +897,7 @@ def launch_backward(
                     **switches,
                 )
         if over_queries is not None:
-            n_q = triton.cdiv(S, over_queries["BLOCK_M"])
+            n_q = _triton.cdiv(S, over_queries["BLOCK_M"])
             attention_backward_dq[(n_q * B * H,)](
                 operand(q, over_queries, "BLOCK_M"),
                 operand(k, over_queries, "BLOCK_N"),

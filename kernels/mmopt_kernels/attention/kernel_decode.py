@@ -280,7 +280,7 @@ def config(dtype: torch.dtype, block_d: int, rows: int, target: str) -> dict[str
     76 KiB for up to 16 rows, so that an A100 or H100 multiprocessor holds two programs. Measured
     again with Triton 3.7.1 for up to 16 rows.
     """
-    block_m = max(16, triton.next_power_of_2(rows))
+    block_m = max(16, _triton.next_power_of_2(rows))
     # 64 KiB of shared memory on CDNA 3 hold two stages; so do 64 rows of registers elsewhere.
     stages = 2 if block_m > 32 or target.startswith("gfx") else 3
     warps = 8 if block_m > 32 or block_m * block_d > 32 * 128 else 4

@@ -210,7 +210,7 @@ def kept(seed, i_bh, o_m, i_n, threshold, BLOCK_N: tl.constexpr, BY_KEY: tl.cons
 
 def block_d(head_dim: int) -> int:
     """The head dimension as the kernels hold it: a power of two, and 16 or more for tl.dot."""
-    return max(16, triton.next_power_of_2(head_dim))  # type: ignore[no-any-return]
+    return max(16, _triton.next_power_of_2(head_dim))
 
 
 def vector_of(*tensors: Tensor) -> int:
@@ -226,8 +226,9 @@ def vector_of(*tensors: Tensor) -> int:
 
 def steps(x: Tensor, vector: int = 1) -> list[int]:
     """Strides of batch, head and row by vector elements; 0 where there is nowhere to step."""
-    pairs = zip(x.shape[:3], x.stride()[:3], strict=True)
-    return [stride // vector if size > 1 else 0 for size, stride in pairs]
+    B, H, N, _ = x.shape
+    b, h, n, _ = x.stride()
+    return [b // vector if B > 1 else 0, h // vector if H > 1 else 0, n // vector if N > 1 else 0]
 
 
 def operand(x: Tensor, tile: tuning.Config, rows: str) -> Tensor | TensorDescriptor:

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mmopt_kernels import _triton
 from mmopt_kernels.quantized import NESTED_BLOCKSIZE
 
 
@@ -103,7 +104,7 @@ def launch(
     dtype: torch.dtype,
 ) -> Tensor:
     out = packed.new_empty(N, K, dtype=dtype)
-    grid = (triton.cdiv(N * K, BLOCK),)
+    grid = (_triton.cdiv(N * K, BLOCK),)
     if out.numel():
         with torch.cuda.device_of(packed):  # type: ignore[no-untyped-call]
             dequantize_nf4[grid](

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mmopt_kernels import _triton
 from mmopt_kernels._philox import dropout_scales
 
 
@@ -71,9 +72,9 @@ def launch(x: Tensor, seed: Tensor, dropout_p: float) -> Tensor:
     y = x.new_empty(M, K)
     if y.numel():
         threshold, scale_kept = dropout_scales(dropout_p)
-        block_k = min(BLOCK_K, max(16, triton.next_power_of_2(K)))
+        block_k = min(BLOCK_K, max(16, _triton.next_power_of_2(K)))
         block_m = BLOCK_M * BLOCK_K // block_k
-        grid = (triton.cdiv(M, block_m) * triton.cdiv(K, block_k),)
+        grid = (_triton.cdiv(M, block_m) * _triton.cdiv(K, block_k),)
         with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
             dropout_forward[grid](
                 x,

@@ -196,7 +196,7 @@ def launch_columns(
     if M:
         tile = _tile(logits)
         with torch.cuda.device_of(logits):  # type: ignore[no-untyped-call]
-            cross_entropy_columns[(M, triton.cdiv(C, tile["BLOCK_V"]))](
+            cross_entropy_columns[(M, _triton.cdiv(C, tile["BLOCK_V"]))](
                 logits,
                 labels,
                 weights,
@@ -213,7 +213,7 @@ def launch_columns(
 
 def _tile(logits: Tensor) -> tuning.Config:
     M, columns = logits.shape
-    target, width = _triton.target(logits.device), max(16, triton.next_power_of_2(columns))
+    target, width = _triton.target(logits.device), max(16, _triton.next_power_of_2(columns))
     found = tuning.lookup("cross_entropy", target, logits.dtype, width, M)
     tile = dict(found or config(target))
     tile["BLOCK_V"] = min(tile["BLOCK_V"], width)

@@ -306,7 +306,7 @@ def config_down(dtype: torch.dtype, M: int, width: int) -> tuning.Config:
 
 def block_r(R: int, most: int = MOST_RANKS) -> int:
     """The ranks that a program holds: a power of two, and 16 or more for tl.dot."""
-    return min(most, max(16, triton.next_power_of_2(R)))  # type: ignore[no-any-return]
+    return min(most, max(16, _triton.next_power_of_2(R)))
 
 
 def block_r_down(R: int, dtype: torch.dtype) -> int:
@@ -370,7 +370,7 @@ def reduce(
 ) -> None:
     """Out ``[M, R]`` from float32 parts ``[splits, M, R]``, for the kernels that made them."""
     number, M, R = parts.shape
-    lora_linear_reduce[(triton.cdiv(M * R, REDUCED),)](
+    lora_linear_reduce[(_triton.cdiv(M * R, REDUCED),)](
         parts,
         adapter_index,
         owner,
@@ -415,8 +415,8 @@ def down(
     width, dropout = block_r_down(R, x.dtype), dropout_p > 0
     tile = shipped_tile("lora_linear_down", x, width, M, dropout) or config_down(x.dtype, M, width)
     threshold, scale_kept = dropout_scales(dropout_p)
-    programs = triton.cdiv(M, tile["BLOCK_M"]) * triton.cdiv(R, width)
-    number = splits(programs, triton.cdiv(K, tile["BLOCK_K"]))
+    programs = _triton.cdiv(M, tile["BLOCK_M"]) * _triton.cdiv(R, width)
+    number = splits(programs, _triton.cdiv(K, tile["BLOCK_K"]))
     parts = x.new_empty(number, M, R, dtype=torch.float32) if number > 1 else None
     out = s if parts is None else parts
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
@@ -461,7 +461,7 @@ def up(
         return y
     width, tma = block_r(R), allows_tma(x, weight, y)
     tile = shipped_tile("lora_linear_forward", x, width, M, tma=tma) or config(x.dtype, M)
-    grid = (triton.cdiv(M, tile["BLOCK_M"]) * triton.cdiv(N, tile["BLOCK_N"]),)
+    grid = (_triton.cdiv(M, tile["BLOCK_M"]) * _triton.cdiv(N, tile["BLOCK_N"]),)
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         lora_linear_forward[grid](
             described(x, tile, "BLOCK_M", "BLOCK_K"),

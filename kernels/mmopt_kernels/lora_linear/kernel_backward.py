@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmopt_kernels import tuning
+from mmopt_kernels import _triton, tuning
 from mmopt_kernels._philox import dropout_scales
 from mmopt_kernels.dropout.kernel import kept
 from mmopt_kernels.lora_linear.kernel import (
@@ -424,9 +424,9 @@ def _up_backward_rows(
     """Write ds, and write db or, with add, increase it."""
     (M, N), R = dy.shape, b.shape[1]
     width = block_r(R)
-    n_m = triton.cdiv(M, tile["BLOCK_M"])
-    programs = n_m * triton.cdiv(R, width)
-    number = splits(programs, triton.cdiv(N, tile["BLOCK_N"]))
+    n_m = _triton.cdiv(M, tile["BLOCK_M"])
+    programs = n_m * _triton.cdiv(R, width)
+    number = splits(programs, _triton.cdiv(N, tile["BLOCK_N"]))
     parts = dy.new_empty(number, M, R, dtype=torch.float32) if number > 1 else None
     db_parts = None if db is None else dy.new_empty(n_m, N, R, dtype=torch.float32)
     with torch.cuda.device_of(dy):  # type: ignore[no-untyped-call]
@@ -478,8 +478,8 @@ def down_backward(ds: Tensor, x: Tensor, seed: Tensor | None, dropout_p: float) 
         x.dtype, width
     )
     threshold, scale_kept = dropout_scales(dropout_p)
-    programs = triton.cdiv(K, tile["BLOCK_K"]) * triton.cdiv(R, width)
-    number = splits(programs, triton.cdiv(M, tile["BLOCK_M"]))
+    programs = _triton.cdiv(K, tile["BLOCK_K"]) * _triton.cdiv(R, width)
+    number = splits(programs, _triton.cdiv(M, tile["BLOCK_M"]))
     parts = x.new_empty(number, R, K, dtype=torch.float32) if number > 1 else None
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         lora_linear_down_backward[(programs * number,)](
@@ -520,7 +520,7 @@ def input_backward(
         dy.dtype, M, backward=True
     )
     threshold, scale_kept = dropout_scales(dropout_p)
-    grid = (triton.cdiv(M, tile["BLOCK_M"]) * triton.cdiv(K, tile["BLOCK_K"]),)
+    grid = (_triton.cdiv(M, tile["BLOCK_M"]) * _triton.cdiv(K, tile["BLOCK_K"]),)
     with torch.cuda.device_of(dy):  # type: ignore[no-untyped-call]
         lora_linear_input_backward[grid](
             described(dy, tile, "BLOCK_M", "BLOCK_N"),
@@ -557,7 +557,7 @@ def add_masked_(dx: Tensor, ds: Tensor, a: Tensor, seed: Tensor | None, dropout_
     width, dropout = block_r(R), dropout_p > 0
     tile = shipped_tile("lora_linear_add", dx, width, M, dropout) or config_add(dx.dtype)
     threshold, scale_kept = dropout_scales(dropout_p)
-    grid = (triton.cdiv(M, tile["BLOCK_M"]) * triton.cdiv(K, tile["BLOCK_K"]),)
+    grid = (_triton.cdiv(M, tile["BLOCK_M"]) * _triton.cdiv(K, tile["BLOCK_K"]),)
     with torch.cuda.device_of(dx):  # type: ignore[no-untyped-call]
         lora_linear_add[grid](
             dx,

@@ -284,7 +284,7 @@ def up_nf4(
     flat, (absmax, code, *nested), _ = flatten(weight)
     nested_absmax, nested_code, offset = nested or (None, None, None)
     packed = flat.contiguous()
-    rows = max(16, triton.next_power_of_2(M))
+    rows = max(16, _triton.next_power_of_2(M))
     target = _triton.target(x.device)
     # A row begins on 4 bytes, as every weight of a model does.
     words = K % 8 == 0 and packed.storage_offset() % 4 == 0 and packed.data_ptr() % 4 == 0
@@ -295,9 +295,9 @@ def up_nf4(
     tile = entry or config(x.dtype, words, aligned)
     # Rows and tiles of K begin with a block, or lie within one.
     aligned = K % min(weight.blocksize, tile["BLOCK_K"]) == 0
-    programs = triton.cdiv(N, tile["BLOCK_N"])
+    programs = _triton.cdiv(N, tile["BLOCK_N"])
     # At least two tiles for each, and no more parts than weigh as much as the weight.
-    number = min(PROGRAMS // programs, triton.cdiv(K, tile["BLOCK_K"]) // 2, K // (16 * M))
+    number = min(PROGRAMS // programs, _triton.cdiv(K, tile["BLOCK_K"]) // 2, K // (16 * M))
     number = max(1, number)
     parts = x.new_empty(number, M, N, dtype=torch.float32) if number > 1 else None
     out = y if parts is None else parts

@@ -536,8 +536,10 @@ def interval_attention(
         intervals = _within_pieces(cu_seq_lens_q, query)
     else:
         # Only the prefill of an empty static cache has more keys than causal queries; the extra
-        # ones are not written yet. The op, unlike transformers, aligns at the last key.
-        if causal and query.shape[2] > 1 and key.shape[2] > query.shape[2]:
+        # ones are not written yet. The op, unlike transformers, aligns at the last key: right for
+        # the queries that Gemma 4 leaves to the layers that share keys, the last of a prompt.
+        shares_keys = getattr(module, "is_kv_shared_layer", False)
+        if causal and query.shape[2] > 1 and key.shape[2] > query.shape[2] and not shares_keys:
             key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
     value_dim = value.shape[3]
     if value_dim < key.shape[3]:

@@ -26,6 +26,8 @@ from transformers import (
     DeepseekV32ForCausalLM,
     DogeConfig,
     DogeForCausalLM,
+    Gemma4ForCausalLM,
+    Gemma4TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     Kosmos2Config,
@@ -283,6 +285,44 @@ def test_bounds_of_a_sliding_cache_count_from_its_first_key():
     key = torch.arange(5)
     seen = (found[..., :1] <= key) & (key < found[..., 1:])
     assert torch.equal(seen, masking_utils.sdpa_mask(**sizes, **options))
+
+
+def gemma4():
+    """Of four layers the last two share keys, of a window and of all."""
+    kinds = ["sliding_attention", "full_attention"]
+    return Gemma4ForCausalLM(
+        Gemma4TextConfig(
+            **{**SMALL, "num_hidden_layers": 4},
+            vocab_size_per_layer_input=99,
+            hidden_size_per_layer_input=8,
+            num_key_value_heads=2,
+            head_dim=8,
+            global_head_dim=8,
+            num_kv_shared_layers=2,
+            sliding_window=4,
+            layer_types=kinds * 2,
+            pad_token_id=0,
+        )
+    )
+
+
+@pytest.mark.parametrize("padding", [None, "left"])
+@pytest.mark.parametrize("kept", [1, 3])
+def test_layers_that_share_keys_see_all_of_them_where_they_get_the_last_queries_alone(
+    kept, padding
+):
+    """Gemma 4 computes no more than the logits that are asked for; its guard knows sdpa's name."""
+    model = build(gemma4)
+    batch = text(padding)
+    expected = model(**batch).logits[:, -kept:]
+    mmopt.optimize(model)
+    seen = []
+    last = model.model.layers[-1].self_attn
+    last.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["hidden_states"].shape[1]), with_kwargs=True
+    )
+    torch.testing.assert_close(model(**batch, logits_to_keep=kept).logits, expected)
+    assert seen == [kept]
 
 
 def test_bool_mask_that_the_caller_prepared_is_reduced():

@@ -10,13 +10,17 @@ import pytest
 import torch
 
 from mmopt_export.decoder.parity import (
+    Difference,
+    GreedyParity,
     GreedyReference,
+    _stage,
     greedy_parity,
     greedy_reference,
     prove_greedy,
 )
+from mmopt_export.manifest import CacheMap
 from mmopt_export.parity import GENERATED, Sample, StageParity
-from mmopt_kernels.errors import InputError
+from mmopt_kernels.errors import InputError, MmoptError
 from tiny_decoders import Exported, traced
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -92,7 +96,9 @@ def test_what_is_stored_of_a_reference_comes_back() -> None:
     np.testing.assert_array_equal(again.tokens, [[0] * 4] * 2)
 
 
-@pytest.mark.parametrize("change", ["prompts", "best", "kind", "rows"])
+@pytest.mark.parametrize(
+    "change", ["prompts", "best", "kind", "rows", "steps", "none", "logits", "ranks"]
+)
 def test_another_sample_is_no_reference(change: str) -> None:
     sample = _reference([[[3.0, 2.0]] * 4] * 2).sample("model")
     feeds, expected = dict(sample.feeds), dict(sample.expected)
@@ -102,6 +108,14 @@ def test_another_sample_is_no_reference(change: str) -> None:
         expected["best"] = expected["best"][0]
     elif change == "kind":
         expected["best"] = expected["best"].astype(np.float32)
+    elif change == "steps":
+        expected["logits"] = expected["logits"][:, :1]
+    elif change == "none":
+        expected = {name: value[:, :0] for name, value in expected.items()}
+    elif change == "logits":
+        expected["logits"] = expected["logits"].astype(np.int64)
+    elif change == "ranks":
+        feeds["prompts"] = feeds["prompts"][0]
     else:
         feeds["prompts"] = feeds["prompts"][:1]
     with pytest.raises(InputError, match="is not stored as prompts with"):
@@ -114,9 +128,34 @@ def test_tokens_that_the_graph_does_not_know_are_refused() -> None:
         greedy_parity(reference, _Scripted([[[1.0, 0.0]]]))  # type: ignore[arg-type]
 
 
+def test_a_negative_token_is_refused() -> None:
+    reference = replace(_reference([[[3.0, 2.0]]]), best=np.array([[[-1, 1]]]))
+    with pytest.raises(InputError, match="tokens from -1 to 1 are expected"):
+        greedy_parity(reference, _Scripted([[[1.0, 0.0]]]))  # type: ignore[arg-type]
+
+
 @pytest.fixture(scope="module")
 def exported() -> Exported:
     return traced("llama")
+
+
+def test_of_equal_logits_the_first_leads_and_none_is_lost(
+    exported: Exported, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`torch.topk` gives them in any order; a graph that takes another one is at a tie."""
+    logits = torch.arange(0.0, -67.0, -1.0)
+    logits[[11, 23, 31, 47, 59]] = 5.0
+    assert int(torch.topk(logits, 16).indices[0]) != 11
+    monkeypatch.setattr("mmopt_export.decoder.lowering.call", lambda *_: logits[None, None])
+    reference = greedy_reference(exported.part, [[5]], steps=1)
+    assert reference.tokens.tolist() == [[11]]
+    assert sorted(reference.best[0, 0, :5].tolist()) == [11, 23, 31, 47, 59]
+    for found in (23, 31, 47, 59):
+        changed = logits.clone()
+        changed[found] += 1e-5
+        scripted = _Scripted([changed[None].tolist()])
+        (difference,) = greedy_parity(reference, scripted).differences  # type: ignore[arg-type]
+        assert difference.near_tie
 
 
 def test_the_proof_of_a_folder_finds_a_changed_weight(exported: Exported, tmp_path: Path) -> None:
@@ -157,6 +196,33 @@ def test_the_proof_of_a_folder_finds_a_changed_weight(exported: Exported, tmp_pa
     assert (lost.finite, lost.max_abs, lost.gates, lost.holds) == (False, None, True, False)
 
 
+def test_the_stage_counts_the_tokens_that_differ_and_names_the_first_wrong_one() -> None:
+    tie = Difference(row=0, step=1, expected=4, found=5, margin=1e-5, near_tie=True)
+    wrong = Difference(row=1, step=2, expected=6, found=7, margin=0.25, near_tie=False)
+    stage = _stage(GreedyParity(8, (tie, wrong), 0.5), "model", True, 2)
+    assert (stage.argmax_agreement, stage.max_abs, stage.holds) == (0.75, 0.5, False)
+    assert stage.note == (
+        "4 tokens of 2 prompts, 1 near-ties, row 1 step 2 gives 7 for 6, which eager has ahead by "
+        "0.25"
+    )
+    assert _stage(GreedyParity(8, (), 0.5), "model", True, 2).note == "4 tokens of 2 prompts"
+
+
+def test_what_cannot_generate_is_no_proof(exported: Exported) -> None:
+    sample = greedy_reference(exported.part, [[5, 6]], steps=2).sample("model")
+    graph = exported.folder / "model.onnx"
+
+    def prove(cache: CacheMap | None) -> StageParity:
+        provider = "CPUExecutionProvider"
+        return prove_greedy(sample, graph, "fp32", provider=provider, cache=cache, longest=96)
+
+    with pytest.raises(InputError, match="the graph model has no cache to generate with"):
+        prove(None)
+    with pytest.raises(MmoptError, match="ONNX Runtime failed where a row has 2 tokens") as e:
+        prove(replace(exported.cache, heads=exported.cache.heads + 1))
+    assert not isinstance(e.value, InputError)
+
+
 def test_a_part_that_does_not_take_ids_is_refused(exported: Exported) -> None:
     for part in (replace(exported.part, inputs={}), replace(exported.part, module=torch.nn.ReLU())):
         with pytest.raises(InputError, match=f"the part {part.name} is no decoder of ids"):
@@ -164,6 +230,7 @@ def test_a_part_that_does_not_take_ids_is_refused(exported: Exported) -> None:
 
 
 def test_prompts_without_room_are_refused(exported: Exported) -> None:
-    for prompts in ([[5] * 90], [[5], []]):
+    for prompts in ([[5] * 89], [[5], []]):
         with pytest.raises(InputError, match="expected at least one token and at most 96"):
             greedy_reference(exported.part, prompts, steps=8)
+    assert greedy_reference(exported.part, [[5] * 94], steps=2).tokens.shape == (1, 2)

@@ -275,7 +275,9 @@ def _eager_row(model: Any, prompt: list[int], steps: int) -> tuple[Any, Any]:
             top = torch.topk(last, min(_KEPT, len(last)))
             ids = top.indices.numpy()
             # As NumPy's argmax, which the other side takes: of equal logits the first.
-            ids[0] = int(last.numpy().argmax())
+            first = int(last.numpy().argmax())
+            ids[ids == first] = ids[0]
+            ids[0] = first
             best.append(ids)
             logits.append(top.values.numpy())
             past, new = past + len(new), [int(ids[0])]

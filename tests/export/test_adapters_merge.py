@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
+from mmopt_export.adapters.attach import attach_adapter
 from mmopt_export.adapters.spec import AdapterSpec
 from mmopt_export.checkpoint import load_checkpoint
 from mmopt_kernels.errors import CheckFailedError, InputError
@@ -388,6 +389,28 @@ def test_an_attached_adapter_has_the_dtype_of_its_base(llama: Path, tmp_path: Pa
     adapter = save_peft(llama, tmp_path / "adapter", lora())
     attached = load_checkpoint(str(llama), adapters=[str(adapter)], dtype=torch.bfloat16).model
     assert {value.dtype for value in attached.parameters()} == {torch.bfloat16}
+
+
+def test_keys_from_before_a_model_was_rearranged_are_mapped_as_peft_maps_them(
+    llama: Path, tmp_path: Path
+) -> None:
+    """A model may say what its parameters were called. PEFT reads that where it makes a model with
+    an adapter, not where it adds one.
+    """
+    adapter = save_peft(llama, tmp_path / "adapter", lora())
+    expected = logits(unmerged(llama, adapter), input_ids=IDS)
+    path = adapter / "adapter_model.safetensors"
+    tensors = {
+        key.replace(".model.model.", ".model.decoder."): value
+        for key, value in load_file(path).items()
+    }
+    save_file(tensors, path, metadata={"format": "pt"})
+    base = load_plain(llama)
+    with pytest.raises(InputError, match=r"decoder\.layers\.0"):
+        attach_adapter(base, adapter)
+    base = load_plain(llama)
+    base._checkpoint_conversion_mapping = {r"^decoder\.": "model."}
+    assert torch.equal(logits(attach_adapter(base, adapter).model, input_ids=IDS), expected)
 
 
 def test_attaching_keeps_the_adapter_apart(llama: Path, tmp_path: Path) -> None:

@@ -376,6 +376,32 @@ def test_the_warnings_of_every_adapter_are_the_swaps() -> None:
     assert Swap(None, adapters).warnings == ("of a", "of b")
 
 
+def test_a_swapped_adapter_that_was_never_trained_gives_a_warning(
+    llama: Exported, tmp_path: Path
+) -> None:
+    def silence(model: torch.nn.Module) -> None:
+        for name, value in model.named_parameters():
+            if ".lora_B." in name:
+                torch.nn.init.zeros_(value)
+
+    config = lora(target_modules=["q_proj"])
+    dead = save_peft(llama.base, tmp_path / "dead", config, change=silence)
+    adapters = [str(llama.folders["four"]), str(dead)]
+    notes = load_checkpoint(str(llama.base), adapters=adapters, adapt="swap").warnings
+    assert notes == (f"{dead}: every B is zero, so there it changes nothing. Check its training.",)
+
+
+def test_an_adapter_is_called_by_its_folder_however_that_is_written(
+    llama: Exported, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    four = llama.folders["four"]
+    for folder, path in ((four, "."), (four, "../four/"), (four.parent, "mixed/../four")):
+        monkeypatch.chdir(folder)
+        swap = load_checkpoint(str(llama.base), adapters=[path], adapt="swap").swap
+        assert swap is not None
+        assert [adapter.name for adapter in swap.adapters] == ["four"]
+
+
 def test_layers_whose_paths_differ_in_dots_and_case_have_keys_of_their_own() -> None:
     keys: dict[str, str] = {}
     for path in ("a.b", "a_b", "A.b"):

@@ -516,6 +516,9 @@ def test_an_adapter_of_another_model_is_refused(llama: Exported, tmp_path: Path)
     refused(arrays | {name: arrays[name][:-1]}, r"float32 \(31, 4\), expected float32 with 32 rows")
     refused(arrays | {name: arrays[name].astype(np.float16)}, r"float16 \(32, 4\), expected float")
     refused(arrays | {name: arrays[name][:, 1:]}, "without a .*_lora_b of the same rank")
+    other = name.replace("_lora_a", "_lora_b")
+    refused({name: arrays[name]}, f"has {name} without a {other} of the same rank")
+    refused({other: arrays[other]}, f"has {other} without a {name} of the same rank")
 
 
 def test_a_damaged_file_is_refused(llama: Exported, tmp_path: Path) -> None:

@@ -154,13 +154,16 @@ class AdapterSet:
                     f"with {default.shape[side]} {'rows' if side == 0 else 'columns'}. "
                     "Pass the adapter that was exported with the model."
                 )
-        for key in arrays:
-            other = key.removesuffix(A_SUFFIX) + B_SUFFIX
-            if key.endswith(A_SUFFIX) and (
-                other not in arrays or arrays[other].shape[0] != arrays[key].shape[1]
-            ):
+        for key, array in sorted(arrays.items()):
+            ours, theirs = (A_SUFFIX, B_SUFFIX) if key.endswith(A_SUFFIX) else (B_SUFFIX, A_SUFFIX)
+            other = key.removesuffix(ours) + theirs
+            if other not in arrays or _rank(other, arrays[other]) != _rank(key, array):
                 raise InputError(f"{path} has {key} without a {other} of the same rank.")
         return self._defaults | arrays
+
+
+def _rank(key: str, array: npt.NDArray[Any]) -> int:
+    return int(array.shape[1 if key.endswith(A_SUFFIX) else 0])
 
 
 def group_rows(names: Sequence[str | None]) -> list[tuple[str | None, npt.NDArray[np.int64]]]:

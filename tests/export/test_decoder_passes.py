@@ -189,7 +189,10 @@ def test_a_scale_that_is_made_of_other_values_stays_where_it_is() -> None:
     ("nodes", "why"),
     [
         ([ADD, *norm("s", "n", power="four")], "another power"),
-        ([ADD, *norm("s", "n", over="x")], "what is divided is not what was squared"),
+        (
+            [ADD, node("Add", ["x", "x"], ["o"]), *norm("s", "n", over="o")],
+            "what is divided is not what was squared",
+        ),
         ([ADD, *norm("s", "n", "square")], "a scale for each token"),
         ([node("Add", ["x", "gamma"], ["s"]), *norm("s", "n")], "the sum is broadcast"),
     ],
@@ -224,6 +227,12 @@ def test_a_plain_gemm_is_a_matmul(attributes: dict[str, Any], wanted: list[str])
         {"w": weight(*shape), "b": weight(5)},
     )
     assert rewritten(model, split_gemms, x=x) == wanted
+
+
+def test_a_gemm_of_a_tied_weight_stays() -> None:
+    nodes = [node("Gemm", ["x", "w"], ["h"], transB=1), node("MatMul", ["h", "w"], ["y"])]
+    model = graph(nodes, {"x": [3, 8]}, {"y": [3, 8]}, {"w": weight(5, 8)})
+    assert rewritten(model, split_gemms, x=X[0]) == ["Gemm", "MatMul"]
 
 
 @pytest.mark.parametrize(
@@ -292,6 +301,29 @@ def test_projections_of_one_input_are_packed_unless_a_weight_is_shared() -> None
     assert found == ["MatMul", "Split", "MatMul", *["Neg"] * 3, "MatMul"]
 
 
+def test_a_projection_alone_and_those_of_two_dimensions_are_not_packed() -> None:
+    alone = [node("MatMul", ["x", "w"], ["a"]), node("Neg", ["a"], ["y"])]
+    model = graph(alone, {"x": TOKENS}, {"y": TOKENS}, {"w": weight(8, 8)})
+    assert rewritten(model, pack_projections, x=X) == ["MatMul", "Neg"]
+    pair = [*alone[:1], node("MatMul", ["x", "v"], ["b"]), node("Add", ["a", "b"], ["y"])]
+    weights = {"w": weight(8, 8), "v": weight(8, 8, seed=1)}
+    model = graph(pair, {"x": ["batch", 8]}, {"y": ["batch", 8]}, weights)
+    assert rewritten(model, pack_projections, x=X[0]) == ["MatMul", "MatMul", "Add"]
+
+
+def test_weights_of_their_own_for_each_of_a_batch_are_not_packed() -> None:
+    """Experts, say: side by side they would be added up along another axis."""
+    nodes = [
+        node("MatMul", ["x", "w"], ["a"]),
+        node("MatMul", ["x", "v"], ["b"]),
+        node("Add", ["a", "b"], ["y"]),
+    ]
+    for size in (1, 2):
+        weights = {"w": weight(size, 8, 4), "v": weight(size, 8, 4, seed=1)}
+        model = graph(nodes, {"x": [2, "sequence", 8]}, {"y": [2, "sequence", 4]}, weights)
+        assert rewritten(model, pack_projections, x=X) == ["MatMul", "MatMul", "Add"]
+
+
 def last_token(
     nodes: list[onnx.NodeProto], hidden: str, outputs: dict[str, Shape]
 ) -> onnx_ir.Model:
@@ -308,10 +340,10 @@ def last_token(
         "w": weight(8, 8),
         "column": np.array([-1, 1, 1]),
         "wide": np.array([1, 1, 8]),
-        "halves": np.array([1, 2]),
         "middle": np.array([1]),
+        "first": np.array([0]),
     }
-    inputs = {"x": TOKENS, "z": TOKENS}
+    inputs = {"x": TOKENS, "z": TOKENS, "t": TOKENS[1:]}
     model = graph(made, inputs, {"y": ["batch", 1, 8], **outputs}, weights)
     last = onnx_ir.val("last", onnx_ir.DataType.INT64, onnx_ir.Shape(["batch"]))
     for one in model.graph:
@@ -343,14 +375,29 @@ LAST = np.array([2, 0])
         ),
         ([node("MatMul", ["x", "w"], ["a"]), node("Softmax", ["a"], ["h"], axis=1)], {}, False),
         ([node("LayerNormalization", ["x", "gamma"], ["h"])], {}, True),
+        ([node("LayerNormalization", ["x", "gamma"], ["h"], axis=1)], {}, False),
+        # What rows share, with an axis of them or without, is not chosen from for each.
+        ([node("MatMul", ["x", "w"], ["a"]), node("Add", ["a", "t"], ["h"])], {}, False),
+        (
+            [
+                node("MatMul", ["x", "w"], ["a"]),
+                node("ReduceMean", ["z", "first"], ["m"]),
+                node("Add", ["a", "m"], ["h"]),
+            ],
+            {},
+            False,
+        ),
     ],
-    ids=["sum", "norm", "output", "mean-of-tokens", "softmax-of-tokens", "layer-norm"],
+    ids=[
+        *("sum", "norm", "output", "mean-of-tokens", "softmax-of-tokens", "layer-norm"),
+        *("layer-norm-of-tokens", "shared", "mean-of-rows"),
+    ],
 )
 def test_the_last_token_is_chosen_before_what_works_on_each_token_alone(
     nodes: list[onnx.NodeProto], outputs: dict[str, Shape], ahead: bool | None
 ) -> None:
     model = last_token(nodes, "h", outputs)
-    found = rewritten(model, hoist_last_token, x=X, z=X[::-1].copy(), last=LAST)
+    found = rewritten(model, hoist_last_token, x=X, z=X[::-1].copy(), t=X[1], last=LAST)
     if ahead is not None:
         heavy = next(op for op in ("MatMul", "LayerNormalization") if op in found)
         assert (found.index("GatherElements") < found.index(heavy)) == ahead

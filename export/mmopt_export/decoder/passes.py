@@ -283,11 +283,12 @@ def pack_projections(model: onnx_ir.Model) -> None:
     for node in graph:
         if node.op_type == "MatMul" and len(_dims(_input(node, 0))) == 3:
             weight = _input(node, 1)
-            if weight.name in graph.initializers and len(weight.uses()) == 1:
+            stored = weight.name in graph.initializers and len(weight.uses()) == 1
+            if stored and len(_dims(weight)) == 2:
                 groups.setdefault(_input(node, 0), []).append(node)
     for x, nodes in groups.items():
         weights = [_input(node, 1) for node in nodes]
-        if len(nodes) > 1 and len({(one.dtype, len(_dims(one))) for one in weights}) == 1:
+        if len(nodes) > 1 and len({one.dtype for one in weights}) == 1:
             _pack(graph, x, nodes, weights)
 
 
@@ -364,7 +365,12 @@ def hoist_last_token(model: onnx_ir.Model) -> None:
         for value in node.inputs
         if value is not None and value.producer() not in narrowed and _has_tokens(value)
     }
-    if hidden.producer() not in narrowed or not all(map(_can_choose, inputs)):
+    if hidden.producer() not in narrowed:
+        return
+    # Of what all rows share, `[1, sequence, size]`, each would need its own choice.
+    if not all(
+        _can_choose(one) and _same_dims(_dims(one)[:1], _dims(hidden)[:1]) for one in inputs
+    ):
         return
     for node in narrowed:
         for value in node.outputs:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from mmopt_export.decoder import rotation
 from mmopt_export.decoder.lowering import Window, _window
 from mmopt_export.decoder.parity import greedy_parity, greedy_reference
 from mmopt_export.decoder.part import Extra, cache_map, decoder_part
-from mmopt_export.decoder.tracing import trace_decoder
+from mmopt_export.decoder.tracing import _require_io, trace_decoder
 from mmopt_export.parts import Part
 from mmopt_kernels.errors import InputError, MmoptError
 from tiny_decoders import (
@@ -187,6 +188,24 @@ def test_fp32_is_as_near_to_fp64_as_eager_fp32_is() -> None:
     generator = exported.generator()
     found = generator.prefill(ids.tolist(), generator.start(2))
     assert np.abs(found - exact).max() < 4 * max(np.abs(single - exact).max(), 1e-6)
+
+
+def test_a_graph_says_nothing_of_the_machine_that_traced_it() -> None:
+    """The tracer notes files, lines and stacks at every node."""
+    model = onnx.load(traced("llama").file, load_external_data=False)
+    assert not model.metadata_props
+    for one in (model.graph, *model.graph.node, *model.graph.value_info, *model.graph.input):
+        assert not one.metadata_props
+        assert not one.doc_string
+
+
+def test_what_a_buffer_becomes_has_a_dimension_of_its_own() -> None:
+    """Under the symbol of the past ONNX Runtime could give a grown one the past's memory."""
+    session = traced("llama").session()
+    shapes = {one.name: one.shape for one in (*session.get_inputs(), *session.get_outputs())}
+    assert shapes["past_key_values.0.key"] == ["batch", 2, "capacity", 16]
+    for name in ("present.0.key", "present.1.value"):
+        assert shapes[name] == ["batch", 2, "present", 16]
 
 
 def test_unshared_buffers_grow() -> None:
@@ -494,6 +513,39 @@ def test_a_failed_trace_names_the_architecture(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(torch.onnx, "export", fail)
     with pytest.raises(MmoptError, match=r"LlamaForCausalLM could not be traced: no such op"):
         trace_decoder(part, "cpu")
+
+
+def test_a_refusal_while_a_decoder_is_traced_stays_as_it_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is bad input, which exits 2, and says more than that the trace failed."""
+    part = decoder_part(tiny_decoder("llama"))
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise InputError("a refusal")
+
+    monkeypatch.setattr(torch.onnx, "export", refuse)
+    with pytest.raises(InputError, match=r"^a refusal$"):
+        trace_decoder(part, "cpu")
+
+
+def test_a_graph_that_lost_an_input_is_no_trace_of_its_part() -> None:
+    def graph(used: bool) -> Any:
+        x, y = (onnx_ir.val(n, onnx_ir.DataType.FLOAT, onnx_ir.Shape([3])) for n in "xy")
+        node = onnx_ir.node("Add", [x, y if used else x])
+        node.outputs[0].name = "z"
+        return onnx_ir.Model(
+            onnx_ir.Graph([x, y], node.outputs, nodes=[node], opset_imports={"": 20}), ir_version=10
+        )
+
+    part: Any = SimpleNamespace(name="decoder", inputs={"x": 0, "y": 0}, outputs=("z",))
+    _require_io(graph(True), part)
+    with pytest.raises(MmoptError, match="the graph of decoder lost the input y; it would be ign"):
+        _require_io(graph(False), part)
+    for changes in ({"inputs": {"y": 0, "x": 0}}, {"outputs": ("logits",)}):
+        other: Any = SimpleNamespace(**(vars(part) | changes))
+        with pytest.raises(MmoptError, match=r"the graph of decoder has .*, expected "):
+            _require_io(graph(True), other)
 
 
 # -------------------------------------------------------------------- masks

@@ -12,11 +12,11 @@ import onnx_ir
 import pytest
 import torch
 
-from mmopt_export.caches import pasts
+from mmopt_export.caches import new_cache_map, pasts
 from mmopt_export.decoder import rotation
 from mmopt_export.decoder.lowering import Window, _window
 from mmopt_export.decoder.parity import greedy_parity, greedy_reference
-from mmopt_export.decoder.part import Extra, cache_map, decoder_part
+from mmopt_export.decoder.part import Extra, cache_map, decoder_part, valid_rows
 from mmopt_export.decoder.tracing import _require_io, trace_decoder
 from mmopt_export.parts import Part
 from mmopt_kernels.errors import InputError, MmoptError
@@ -188,6 +188,21 @@ def test_fp32_is_as_near_to_fp64_as_eager_fp32_is() -> None:
     generator = exported.generator()
     found = generator.prefill(ids.tolist(), generator.start(2))
     assert np.abs(found - exact).max() < 4 * max(np.abs(single - exact).max(), 1e-6)
+
+
+def test_logits_are_compared_of_every_row_that_has_a_new_token() -> None:
+    """Wherever it stands: behind it a row may be padded."""
+    cache = new_cache_map(layers=1, heads=2, head_size=8)
+    feeds = {
+        "input_ids": np.zeros((3, 2), np.int64),
+        "attention_mask": np.array([[1, 1, 1, 0], [1, 1, 0, 1], [1, 1, 0, 0]]),
+        "past_key_values.0.key": np.zeros((3, 2, 2, 8), np.float32),
+    }
+    valid = valid_rows(cache, feeds)
+    assert valid["logits"].tolist() == [True, True, False]
+    # As long as the longest row, where the past has less room.
+    wanted = [[True, True, True], [True, True, True], [True, True, False]]
+    assert valid["present.0.value"][:, 1].tolist() == wanted
 
 
 def test_a_graph_says_nothing_of_the_machine_that_traced_it() -> None:

@@ -205,6 +205,17 @@ def test_logits_are_compared_of_every_row_that_has_a_new_token() -> None:
     assert valid["present.0.value"][:, 1].tolist() == wanted
 
 
+@pytest.mark.parametrize("positions", [3, 4, 9])
+def test_samples_of_a_model_with_few_positions_end_where_they_do(positions: int) -> None:
+    part = decoder_part(tiny_decoder("gpt2", max_position_embeddings=positions))
+    assert part.limits == {"total": positions}
+    longest = 0
+    for _, feeds, *_ in part.samples():
+        longest = max(longest, int(feeds["attention_mask"].sum(axis=1).max()))
+        assert np.isfinite(part.expect(feeds)["logits"]).all()
+    assert longest == positions
+
+
 def test_a_graph_says_nothing_of_the_machine_that_traced_it() -> None:
     """The tracer notes files, lines and stacks at every node."""
     model = onnx.load(traced("llama").file, load_external_data=False)

@@ -133,9 +133,10 @@ def test_layers_of_other_heads_are_refused() -> None:
         look(model)
 
 
-def test_a_model_of_one_position_is_refused() -> None:
-    with pytest.raises(InputError, match="LlamaForCausalLM has 1 positions, expected at least 2"):
-        decoder_part(tiny_decoder("llama", max_position_embeddings=1))
+@pytest.mark.parametrize("positions", [1, 2])
+def test_a_model_without_positions_for_its_samples_is_refused(positions: int) -> None:
+    with pytest.raises(InputError, match=f"has {positions} positions, expected at least 3"):
+        decoder_part(tiny_decoder("llama", max_position_embeddings=positions))
 
 
 def test_a_model_that_takes_no_positions_is_refused() -> None:

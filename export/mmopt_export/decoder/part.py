@@ -210,8 +210,8 @@ def decoder_part(
     config = model.config.get_text_config()
     layers = config.num_hidden_layers
     limit = steady_positions(config)
-    if limit and limit < 2:
-        raise InputError(f"{type(model).__name__} has {limit} positions, expected at least 2.")
+    if limit and limit < 3:  # what samples take: a past, and two new tokens
+        raise InputError(f"{type(model).__name__} has {limit} positions, expected at least 3.")
     positions = min(limit or _MOST_POSITIONS, _MOST_POSITIONS)
     # Not from 0: there rotations turn nothing and every formula looks right.
     tokens = _tokens(model, (2, 2), embeds, seed=0)

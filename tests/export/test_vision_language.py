@@ -13,6 +13,7 @@ import pytest
 
 from mmopt_export import multimodal
 from mmopt_export.checkpoint import Checkpoint, load_checkpoint
+from mmopt_export.generation import Sampling
 from mmopt_export.manifest import read_manifest
 from mmopt_export.multimodal import DECODER, EMBEDDING, ENDS, VISION, MultimodalGenerator
 from mmopt_export.pipeline import export
@@ -164,6 +165,18 @@ def test_a_row_ends_at_its_own_token() -> None:
     assert result.tokens[1] == free[1][:stops]
 
 
+def test_a_penalty_counts_the_tokens_of_the_prompt() -> None:
+    """Which reaches the decoder as embeddings: the generator is told its ids."""
+    generator = exported("smolvlm").generator()
+    prompt = [1, *(one for one in range(3, IMAGE_TOKEN) if one % 9)]
+    harsh = Sampling(temperature=0, repetition_penalty=1e6)
+    plain = generator.generate([prompt], max_new_tokens=1, eos=()).tokens
+    assert plain[0][0] in prompt
+    found = generator.generate([prompt], max_new_tokens=8, eos=(), sampling=harsh).tokens[0]
+    assert len(set(found)) == 8
+    assert not set(found) & set(prompt)
+
+
 @pytest.mark.parametrize(
     ("prompts", "images", "message"),
     [
@@ -173,6 +186,7 @@ def test_a_row_ends_at_its_own_token() -> None:
         (["t4 <image>"], None, "has 1 times <image> and 0 images"),
         ([[4, 5]], [["one"]], "has 0 image tokens and its images 12 features"),
         ([[4, IMAGE_TOKEN]], [["one"]], "has 1 image tokens and its images 12 features"),
+        ([[4, IMAGE_TOKEN]], None, "has 1 image tokens and its images 0 features"),
         ([[]], None, "empty"),
         ("t4 t5", None, "prompts is the string 't4 t5', expected a list of texts"),
     ],

@@ -428,6 +428,12 @@ class MultimodalGenerator:
             )
         if not ids:
             raise InputError("a prompt is empty, expected at least one token.")
+        # Here, since the generator gets embeddings: the graph would say less, and take -1.
+        vocabulary = self._tokens["vocabulary"]
+        if not 0 <= min(ids) <= max(ids) < vocabulary:
+            raise InputError(
+                f"a prompt has ids from {min(ids)} to {max(ids)}, expected 0 to {vocabulary - 1}."
+            )
         embeds: Array = self._embed(np.asarray([ids], dtype=np.int64), features)[0]
         return embeds
 

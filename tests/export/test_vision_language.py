@@ -188,6 +188,8 @@ def test_a_penalty_counts_the_tokens_of_the_prompt() -> None:
         ([[4, IMAGE_TOKEN]], [["one"]], "has 1 image tokens and its images 12 features"),
         ([[4, IMAGE_TOKEN]], None, "has 1 image tokens and its images 0 features"),
         ([[]], None, "empty"),
+        ([[4, 5], [4, 1000]], None, "a prompt has ids from 4 to 1000, expected 0 to "),
+        ([[4, -1]], None, "a prompt has ids from -1 to 4, expected 0 to "),
         ("t4 t5", None, "prompts is the string 't4 t5', expected a list of texts"),
     ],
 )

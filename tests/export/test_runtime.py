@@ -52,12 +52,14 @@ def test_a_session_as_traced_is_not_optimized_and_keeps_no_second_copy(plain: Pa
     assert options.get_session_config_entry("session.disable_prepacking") == "1"
 
 
-def test_a_session_takes_the_cores_that_the_process_may_use(
+def test_a_session_takes_the_cores_that_the_process_may_use_or_as_many_as_it_is_told(
     plain: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(runtime, "usable_cores", lambda: 1)
     options = open_session(plain / "model.onnx", provider=CPU).get_session_options()
     assert options.intra_op_num_threads == 1
+    options = open_session(plain / "model.onnx", provider=CPU, threads=2).get_session_options()
+    assert options.intra_op_num_threads == 2
 
 
 def test_a_provider_that_is_not_there_is_named_with_those_that_are(

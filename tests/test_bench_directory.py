@@ -80,6 +80,7 @@ def test_timed_and_exact_functions_take_their_fixture_and_name_their_group(path:
             assert "figures" in {argument.arg for argument in node.args.args}, name
 
 
+@pytest.mark.slow
 def test_the_quick_pass_is_everything_but_slow_and_gpu(ids: list[str]) -> None:
     quick = collected("-m", "quick")
     left_out = set(ids) - set(quick)
@@ -300,6 +301,7 @@ def test_every_candidate_of_a_launch_is_compiled_beforehand(
     assert "num_stages" in last
 
 
+@pytest.mark.slow
 def test_samples_of_our_timers_reach_pytest_benchmark_unchanged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

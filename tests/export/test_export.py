@@ -198,6 +198,7 @@ def test_failed_parity_is_marked_and_not_served_and_force_with_accepted_drift_re
     assert Runner(output).classify(["a"]).shape == (1, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("impossible")
 def test_a_failed_artifact_replaces_none_but_a_failed_one_and_is_left_beside_others(
     classifier: Path, tmp_path: Path

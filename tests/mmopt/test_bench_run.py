@@ -105,6 +105,7 @@ def test_every_fitting_backend_is_measured_at_every_point(checkpoint: str, artif
     assert report.exit_code == 0
 
 
+@pytest.mark.slow
 def test_every_backend_gets_the_same_ids_and_computes_the_same_logits(
     checkpoint: str, artifact: str
 ) -> None:

@@ -269,7 +269,12 @@ def test_more_threads_than_cores_is_bad_input(repository: Repository) -> None:
 
 
 @pytest.mark.parametrize(
-    ("head", "verdict", "code"), [(100, "PASSED", 0), (101, "REGRESSED", 1), (99, "IMPROVED", 0)]
+    ("head", "verdict", "code"),
+    [
+        pytest.param(100, "PASSED", 0, marks=pytest.mark.slow),
+        (101, "REGRESSED", 1),
+        pytest.param(99, "IMPROVED", 0, marks=pytest.mark.slow),
+    ],
 )
 def test_exact_figures_are_held_to_the_unit(
     repository: Repository, head: int, verdict: str, code: int
@@ -318,7 +323,9 @@ def test_the_command_prints_one_document_and_exits_by_verdict(
     assert (document["kind"], document["verdict"]) == ("gate", "REGRESSED")
 
 
-@pytest.mark.parametrize("suite", ["../bench", "{root}/bench/bench_x.py"])
+@pytest.mark.parametrize(
+    "suite", [pytest.param("../bench", marks=pytest.mark.slow), "{root}/bench/bench_x.py"]
+)
 def test_the_suite_is_named_from_the_working_directory(
     repository: Repository, monkeypatch: pytest.MonkeyPatch, suite: str
 ) -> None:

@@ -139,6 +139,7 @@ def test_code_of_the_users_own_tree_is_refused(
         repository.compare()
 
 
+@pytest.mark.slow
 def test_a_src_folder_needs_no_configuration(
     repository: Repository, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -156,6 +157,7 @@ def test_a_plugin_whose_package_is_not_there_either_is_left_out() -> None:
     assert usable_options(options, False) == ["-o", "x=1"]
 
 
+@pytest.mark.slow
 def test_a_failing_benchmark_leaves_garbage_collection_as_it_was(repository: Repository) -> None:
     suite = (
         "import gc\n"
@@ -223,6 +225,7 @@ def test_a_suite_that_hangs_is_stopped(
         repository.compare()
 
 
+@pytest.mark.slow
 def test_hooks_and_settings_of_git_in_the_environment_do_not_matter(
     repository: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

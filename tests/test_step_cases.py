@@ -55,6 +55,7 @@ from mmopt.measure.timing import Timing
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 CASES = [*CPU, *GPU, *GPU_SLOW]
 PACKED = [case for case in CASES if case.documents > 1]
+PACKED_NF4 = [case for case in PACKED if case.base == "nf4"]
 # Of cases that are the same at tiny sizes, the first.
 TINY = list({replace(tiny(case), name=""): case for case in reversed(CASES)}.values())[::-1]
 # Those that may share a process with this test.
@@ -85,7 +86,11 @@ def agree(found: dict[str, Any]) -> None:
 
 
 @pytest.mark.usefixtures("uncompiled")
-@pytest.mark.parametrize("case", TINY, ids=NAME)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(one, marks=pytest.mark.slow if one in PACKED_NF4 else ()) for one in TINY],
+    ids=NAME,
+)
 def test_peers_take_the_same_step(case: Case) -> None:
     require_base(case)
     found = measure(tiny(case), TOGETHER, device="cpu", rounds=0)

@@ -141,6 +141,7 @@ def test_bad_projections_are_refused_by_name(tmp_path: Path) -> None:
         dense_layer(folder)
 
 
+@pytest.mark.slow
 def test_pooling_projection_and_normalization_are_in_the_graph(tmp_path: Path) -> None:
     model = save_text_encoder(tmp_path / "model", "Roberta", "Model")
     save_pooling(

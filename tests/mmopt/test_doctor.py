@@ -58,6 +58,7 @@ def test_the_cpu_target_works_where_the_tests_run() -> None:
     assert lines["torch.compile"]["status"] == "ok"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(doctor._nvidia_smi() is not None, reason="this machine has an NVIDIA GPU")
 def test_the_cuda_target_fails_without_a_gpu_and_every_wrong_line_has_a_remedy() -> None:
     code, document = run("--target", "cuda")

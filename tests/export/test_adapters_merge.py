@@ -15,7 +15,7 @@ from mmopt_export.adapters.spec import AdapterSpec
 from mmopt_export.checkpoint import load_checkpoint
 from mmopt_kernels.errors import CheckFailedError, InputError
 from peft_oracle import load_plain, logits, merged_and_unmerged, unmerged
-from tiny_adapters import save_convnet, save_gpt2, save_llama, save_peft
+from tiny_adapters import save_convnet, save_gpt2, save_llama, save_peft, zeroed
 
 IDS = torch.arange(3, 21).reshape(2, 9)
 
@@ -270,15 +270,8 @@ def test_two_adapters_with_a_head_that_the_base_has_not_are_refused(
 
 
 def test_an_adapter_that_was_never_trained_gives_a_warning(llama: Path, tmp_path: Path) -> None:
-    def silence(model: torch.nn.Module) -> None:
-        for name, value in model.named_parameters():
-            if ".lora_B." in name and ("v_proj" in name or everything):
-                torch.nn.init.zeros_(value)
-
-    everything = True
-    dead = save_peft(llama, tmp_path / "dead", lora(), change=silence)
-    everything = False
-    partly = save_peft(llama, tmp_path / "partly", lora(), change=silence)
+    dead = save_peft(llama, tmp_path / "dead", lora(), change=zeroed(".lora_B."))
+    partly = save_peft(llama, tmp_path / "partly", lora(), change=zeroed(".lora_B.", "v_proj"))
     notes = load_checkpoint(str(llama), adapters=[str(dead), str(partly)], adapt="merge").warnings
     assert notes == (
         f"{dead}: every B is zero, so there it changes nothing. Check its training.",
@@ -290,14 +283,8 @@ def test_an_embeddings_adapter_that_was_never_trained_gives_a_warning(
     llama: Path, tmp_path: Path
 ) -> None:
     """PEFT starts it with an A of zeros; B is random from the start."""
-
-    def silence(model: torch.nn.Module) -> None:
-        for name, value in model.named_parameters():
-            if ".lora_embedding_A." in name:
-                torch.nn.init.zeros_(value)
-
     config = lora(target_modules=["embed_tokens", "q_proj"])
-    dead = save_peft(llama, tmp_path / "dead", config, change=silence)
+    dead = save_peft(llama, tmp_path / "dead", config, change=zeroed(".lora_embedding_A."))
     notes = load_checkpoint(str(llama), adapters=[str(dead)], adapt="merge").warnings
     assert notes == (
         f"{dead}: every A of an embedding is zero, so there it changes nothing. "

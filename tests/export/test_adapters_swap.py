@@ -38,7 +38,7 @@ from mmopt_export.parts import Outputs, Part
 from mmopt_export.runtime import Tensors, open_session
 from mmopt_kernels.errors import InputError
 from peft_oracle import load_plain, logits, unmerged
-from tiny_adapters import save_gpt2, save_llama, save_peft
+from tiny_adapters import save_gpt2, save_llama, save_peft, zeroed
 
 CPU = "CPUExecutionProvider"
 IDS = np.arange(3, 27, dtype=np.int64).reshape(3, 8)
@@ -379,13 +379,8 @@ def test_the_warnings_of_every_adapter_are_the_swaps() -> None:
 def test_a_swapped_adapter_that_was_never_trained_gives_a_warning(
     llama: Exported, tmp_path: Path
 ) -> None:
-    def silence(model: torch.nn.Module) -> None:
-        for name, value in model.named_parameters():
-            if ".lora_B." in name:
-                torch.nn.init.zeros_(value)
-
     config = lora(target_modules=["q_proj"])
-    dead = save_peft(llama.base, tmp_path / "dead", config, change=silence)
+    dead = save_peft(llama.base, tmp_path / "dead", config, change=zeroed(".lora_B."))
     adapters = [str(llama.folders["four"]), str(dead)]
     notes = load_checkpoint(str(llama.base), adapters=adapters, adapt="swap").warnings
     assert notes == (f"{dead}: every B is zero, so there it changes nothing. Check its training.",)

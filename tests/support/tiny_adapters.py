@@ -104,6 +104,17 @@ def save_peft(
     return folder
 
 
+def zeroed(*parts: str) -> Callable[[nn.Module], None]:
+    """For `save_peft`: zero what has all of these in its name, as if it was never trained."""
+
+    def change(adapted: nn.Module) -> None:
+        for name, value in adapted.named_parameters():
+            if all(part in name for part in parts):
+                nn.init.zeros_(value)
+
+    return change
+
+
 def randomize(adapted: nn.Module) -> None:
     """Move every trained value away from where its method starts."""
     for value in adapted.parameters():

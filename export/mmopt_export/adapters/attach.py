@@ -143,9 +143,7 @@ def _saved_modules(model: Any) -> set[str]:
 
 
 def _dead(model: Any, folder: Path) -> tuple[str, ...]:
-    """Warnings for a LoRA that changes nothing, because training never moved what starts at zero:
-    a layer's B, an embedding's A.
-    """
+    """Warnings for a LoRA that changes nothing: a layer's B and an embedding's A start at zero."""
     notes = []
     for every, some, factors in (
         ("B", "Bs", _factors(model, ".lora_B.")),

@@ -9,7 +9,7 @@ only the second would make transformers drop the mask without a word.
 import ast
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from mmopt.attach.report import Row
-from mmopt.attach.source import parsed
+from mmopt.attach.source import TRACEABLE, parsed
 from mmopt_kernels import Intervals, attention
 from mmopt_kernels.attention.bounds import reduce_rows
 from mmopt_kernels.errors import InputError
@@ -48,15 +48,12 @@ NOT_INTERVALS = (
 )
 
 
-def attach_attention(
-    model: nn.Module, base: Any, *, pieces: bool
-) -> tuple[list[Row], Callable[[], None]]:
-    """Set `"mmopt"` on every tower that can take it.
+def attach_attention(model: nn.Module, base: Any) -> tuple[list[Row], Callable[[], None]]:
+    """Set `"mmopt"` on every tower that can take it, once `attach_traceable` has done its part.
 
     Args:
         model: the caller's model, in whose terms modules are named.
         base: the `PreTrainedModel` within.
-        pieces: whether `attach_traceable` makes towers of packed images hand over where they end.
 
     Returns:
         A row per tower that has attention and per module of torch's own, and what undoes all.
@@ -65,7 +62,7 @@ def attach_attention(
     names = {module: name for name, module in model.named_modules()}
     towers = list(_towers(base))
     reasons = {
-        tower: _why_not(tower) or _mask_of_its_own(tower, towers, pieces)
+        tower: _why_not(tower) or _mask_of_its_own(tower, towers)
         for tower in towers
         if _layers(tower)
     }
@@ -203,7 +200,7 @@ def _why_not(tower: Any) -> str | None:
     return None
 
 
-def _mask_of_its_own(tower: Any, towers: list[Any], pieces: bool) -> str | None:
+def _mask_of_its_own(tower: Any, towers: list[Any]) -> str | None:
     """What makes a mask that the op does not take, in the tower or in one that it is inside.
 
     A bias of positions is a module, there only where the config asks for one (BEiT, Phi-4's
@@ -222,25 +219,19 @@ def _mask_of_its_own(tower: Any, towers: list[Any], pieces: bool) -> str | None:
     for outer in towers:
         if tower not in outer.modules():
             continue
-        for kind in dict.fromkeys([type(outer), *map(type, _modules(outer))]):
-            for function in _masks_called(kind, kind.forward, pieces):  # type: ignore[attr-defined]
-                if _adds_to_scores(kind, function, pieces):
+        for module in {type(one): one for one in (outer, *_modules(outer))}.values():
+            kind = type(module)
+            for function in _masks_called(kind, kind.forward, unused=_replaced(module)):
+                if _adds_to_scores(kind, function):
                     return f"{kind.__name__} adds a mask of its own, {function.__name__}, to scores"
     return None
 
 
-def _masks_called(kind: type, caller: Any, pieces: bool) -> list[Any]:
-    """The functions of the module of `kind`, its methods too, that `caller` calls for a mask.
-
-    With `pieces`, but for those that it then does not call.
-    """
+def _masks_called(kind: type, caller: Any, unused: Set[ast.AST] = frozenset()) -> list[Any]:
+    """The functions of the module of `kind`, its methods too, that `caller` calls for a mask."""
     tree = _tree(caller) if kind.__module__.startswith("transformers.models.") else None
-    functions: list[Any] = []
-    if tree is None:
-        return functions
-    instead = [node for branch in branches_for_flash(tree) for node in branch.orelse if pieces]
-    unused = {inner for node in instead for inner in ast.walk(node)}
-    for node in ast.walk(tree):
+    functions = []
+    for node in ast.walk(tree) if tree is not None else ():
         if not isinstance(node, ast.Call) or node in unused:
             continue
         called: Any = None
@@ -257,14 +248,14 @@ def _masks_called(kind: type, caller: Any, pieces: bool) -> list[Any]:
     return functions
 
 
-def _adds_to_scores(kind: type, function: Any, pieces: bool, above: tuple[Any, ...] = ()) -> bool:
+def _adds_to_scores(kind: type, function: Any, above: tuple[Any, ...] = ()) -> bool:
     """Whether a function, or one that it calls for a mask, hides with the dtype's least number."""
     tree = _tree(function)
     if tree is None or function in above:
         return False
     return "torch.finfo(" in ast.unparse(tree) or any(
-        _adds_to_scores(kind, called, pieces, (*above, function))
-        for called in _masks_called(kind, function, pieces)
+        _adds_to_scores(kind, called, (*above, function))
+        for called in _masks_called(kind, function)
     )
 
 
@@ -279,10 +270,19 @@ def branches_for_flash(tree: ast.AST) -> list[ast.If]:
     ]
 
 
+@functools.lru_cache(maxsize=1024)
 def hands_over_pieces(method: Callable[..., Any]) -> bool:
     """Whether a method has such a branch."""
     tree = _tree(method)
     return tree is not None and bool(branches_for_flash(tree))
+
+
+def _replaced(module: nn.Module) -> set[ast.AST]:
+    """What the forward of a module no longer runs, where it takes the branch of flash attention."""
+    traceable = hasattr(module.__dict__.get("forward"), TRACEABLE)
+    tree = _source(type(module)) if traceable else None
+    branches = branches_for_flash(tree) if tree is not None else []
+    return {node for branch in branches for other in branch.orelse for node in ast.walk(other)}
 
 
 def _takes_masks_from_transformers(tower: Any) -> bool:

@@ -8,7 +8,7 @@ from mmopt.attach.gradients import check_gradients
 from mmopt.attach.lora import attach_lora
 from mmopt.attach.loss import attach_loss
 from mmopt.attach.peft_layers import within_peft
-from mmopt.attach.report import OptimizationReport, Row
+from mmopt.attach.report import OptimizationReport
 from mmopt.attach.traceable import attach_traceable
 from mmopt_kernels.errors import InputError
 
@@ -45,26 +45,21 @@ def optimize(
     """
     model = within_wrappers(model)
     base = transformers_model(model)
-    rows: list[Row] = []
-    restorers = []
+    parts = []
+    # Which towers can take the op depends on what their forward hands to it.
+    graphs = attach_traceable(model, base) if graph else None
     if attention:
-        found, restore = attach_attention(model, base, pieces=graph)
-        rows += found
-        restorers.append(restore)
+        parts.append(attach_attention(model, base))
     if lora:
-        found, restore = attach_lora(model)
-        rows += found
-        restorers.append(restore)
+        parts.append(attach_lora(model))
     if loss:
-        found, restore = attach_loss(model)
-        rows += found
-        restorers.append(restore)
-    if graph:
-        found, restore = attach_traceable(model, base)
-        rows += found
-        restorers.append(restore)
+        parts.append(attach_loss(model))
+    if graphs is not None:
+        parts.append(graphs)
     return OptimizationReport(
-        rows=tuple(rows), _restorers=tuple(restorers), _check=partial(check_gradients, model)
+        rows=tuple(row for rows, _ in parts for row in rows),
+        _restorers=tuple(restore for _, restore in parts),
+        _check=partial(check_gradients, model),
     )
 
 

@@ -10,6 +10,8 @@ import textwrap
 from collections.abc import Callable, Mapping
 from typing import Any
 
+TRACEABLE = "_mmopt_traceable"  # an attribute of the functions that traceable.py makes
+
 # Decorators that give their function back, with another docstring.
 _DOCUMENTING = {
     "add_start_docstrings_to_model_forward",

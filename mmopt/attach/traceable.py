@@ -18,10 +18,14 @@ from torch.nn.functional import log_softmax
 from mmopt.attach.attention import NAME, branches_for_flash, hands_over_pieces
 from mmopt.attach.method import method_of
 from mmopt.attach.report import Row
-from mmopt.attach.source import CannotRewriteError, compiled_again, definition_of, placed
+from mmopt.attach.source import (
+    TRACEABLE,
+    CannotRewriteError,
+    compiled_again,
+    definition_of,
+    placed,
+)
 from mmopt_kernels.errors import InputError
-
-_MARK = "_mmopt_traceable"  # on the functions made here
 
 # A rule changes a method's source in place and says what the change is, or None without one.
 Rule = Callable[[ast.FunctionDef], str | None]
@@ -66,12 +70,12 @@ def _marked(
     definition: ast.FunctionDef, method: Callable[..., Any], name: str
 ) -> Callable[..., Any]:
     made = compiled_again(definition, method, name, _NAMES)
-    setattr(made, _MARK, True)
+    setattr(made, TRACEABLE, True)
     return made
 
 
 def _is_ours(method: Any) -> bool:
-    return hasattr(getattr(method, "__func__", method), _MARK)
+    return hasattr(getattr(method, "__func__", method), TRACEABLE)
 
 
 def _rules(module: nn.Module) -> Iterator[tuple[str, Rule]]:

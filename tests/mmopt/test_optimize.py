@@ -716,6 +716,20 @@ def test_without_graph_a_tower_of_packed_images_is_left_alone():
     assert attn(model) == "sdpa"
 
 
+def test_a_tower_of_packed_images_goes_by_the_forward_that_it_has():
+    """Somebody else's leaves it alone; one that was replaced before serves it."""
+    model = build(pixtral)
+    held = model.forward
+    model.forward = lambda *args, **kwargs: held(*args, **kwargs)
+    attention, graph = mmopt.optimize(model).rows
+    assert attention.became is None
+    assert "adds a mask of its own" in attention.reason
+    assert graph.reason == "its forward is already replaced by something else"
+    del model.forward
+    mmopt.optimize(model)
+    assert mmopt.optimize(model, graph=False).rows[0].became == "mmopt::attention"
+
+
 def test_a_tower_whose_head_takes_a_mask_for_torch_s_attention_is_left_alone():
     """Siglip2's would be given bounds; BEiT without a bias of positions is attached."""
     torch.manual_seed(0)

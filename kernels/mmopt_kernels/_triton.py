@@ -100,7 +100,7 @@ def must_widen(dtype: torch.dtype) -> bool:
 
 
 # Triton's own of these names work within kernels too, and find out at each call where they are: a
-# dozen calls of 4 microseconds were most of what some launches cost the host.
+# dozen calls of 4 microseconds were a third of the Python around a launch.
 
 
 def cdiv(n: int, divisor: int) -> int:

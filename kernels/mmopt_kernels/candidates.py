@@ -1,9 +1,11 @@
 """What `tuning.tune` tries where its caller has no list: tiles by kernel and width, for 16 bits.
 
-All of them were compiled for sm_90 with Triton 3.7.1: none spills, in ranks of up to 64 and without
-dropout and softcap, but for those of one pass, see `ONE_PASS` in attention/kernel_backward.py. On
-another GPU those that ask for too much are passed over when they are timed. The first, None, is
-what is launched without a table of the user's own: it also wins a tie.
+All of them were compiled for sm_90 with Triton 3.7.1, in ranks of up to 64 and without dropout and
+softcap. None of LoRA, of the loss or of the attention forward spills. In the attention backward one
+tile or two of each width do, up to 452 bytes a thread; for one pass see `ONE_PASS` in
+attention/kernel_backward.py. On another GPU those that ask for too much are passed over when they
+are timed. The first, None, is what is launched without a table of the user's own: it also wins a
+tie.
 """
 
 from __future__ import annotations

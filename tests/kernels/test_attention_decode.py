@@ -13,7 +13,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="runs Triton kernels")
 
 from mmopt_kernels import Intervals, _triton, attention
-from mmopt_kernels.attention import kernel, kernel_decode
+from mmopt_kernels.attention import kernel, kernel_decode, tiles
 from mmopt_kernels.attention.reference import reference
 from program_order import last_program_first
 
@@ -298,8 +298,8 @@ def test_splits_fill_the_gpu_once_and_stay_within_their_bounds() -> None:
 @pytest.mark.skipif(DEVICE == "cuda", reason="a GPU says its own number")
 def test_number_of_multiprocessors_is_assumed_without_a_gpu() -> None:
     for device in ("cpu", "meta", "cuda", "cuda:1"):
-        found = kernel_decode.multiprocessors(torch.device(device))
-        assert found == kernel_decode.ASSUMED_MULTIPROCESSORS
+        found = tiles.multiprocessors(torch.device(device))
+        assert found == tiles.ASSUMED_MULTIPROCESSORS
 
 
 def test_launcher_needs_no_data_under_an_assumed_target(monkeypatch: pytest.MonkeyPatch) -> None:

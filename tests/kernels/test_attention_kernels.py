@@ -351,28 +351,31 @@ def test_no_program_writes_into_the_place_of_another() -> None:
     Case(Hq=6, Hkv=3, S=20, T=23, mask="random", sinks=True),
 ], ids=str)  # fmt: skip
 def test_the_order_of_programs_moves_no_bit(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 6 or 12 heads 4 side by side, or all that the cache holds."""
+    """Of 6 or 12 heads all side by side, or 3, or none."""
     x = make(case)
     want = run(case, x)
     asked = []
 
-    def four(*given: Any) -> int:
+    def three(*given: Any) -> tuple[int, ...]:
         asked.append(given)
-        return 4
+        _, n_bh, n_tiles, _ = given
+        return 3, n_tiles, n_bh // 3
 
-    for module in (kernel, kernel_backward):
-        monkeypatch.setattr(module, "heads_at_once", four)
-    got = run(case, x)
-    for name, value in want.items():
-        assert torch.equal(got[name], value), name
-    group = case.Hq // case.Hkv
-    row = 2 * case.D * 4
-    of_keys, of_queries = case.T * row // group, case.S * row * group
+    def none(_uneven: bool, n_bh: int, n_tiles: int, _read: Tensor) -> tuple[int, ...]:
+        return (n_bh * n_tiles,)
+
+    for instead in (three, none):
+        for module in (kernel, kernel_backward):
+            monkeypatch.setattr(module, "grid_of", instead)
+        got = run(case, x)
+        for name, value in want.items():
+            assert torch.equal(got[name], value), name
     pairs, of_group = 2 * case.Hq, 2 * case.Hkv
-    assert asked == [
-        (True, pairs, 2, of_keys),
-        (True, of_group, 2, of_queries),
-        (True, pairs, 2, of_keys),
+    keys, queries = x.k.shape, x.q.shape
+    assert [(*given, read.shape) for *given, read in asked] == [
+        (True, pairs, 2, keys),
+        (True, of_group, 2, queries),
+        (True, pairs, 2, keys),
     ]
 
 

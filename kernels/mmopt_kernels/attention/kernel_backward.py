@@ -30,7 +30,7 @@ from mmopt_kernels.attention.tiles import (
     both_bounds,
     choose,
     for_target,
-    heads_at_once,
+    grid_of,
     kept,
     key_ranges,
     listed,
@@ -334,7 +334,7 @@ def _key_gradients(
     return b_dk, b_dv
 
 
-@triton.jit(do_not_specialize=["S", "T", "n_heads", "threshold"])
+@triton.jit(do_not_specialize=["S", "T", "threshold"])
 def attention_backward_dkdv(
     p_q,
     p_k,
@@ -374,7 +374,6 @@ def attention_backward_dkdv(
     H,
     S,
     T,
-    n_heads,
     scale,
     scale_cap,
     scale_dk,
@@ -397,6 +396,7 @@ def attention_backward_dkdv(
     WIDEN: tl.constexpr,
     PRECISION: tl.constexpr,
     VECTOR: tl.constexpr,
+    SIDE: tl.constexpr,
     TMA: tl.constexpr,
 ):
     """dK and dV of one (b, key head, key block), summed over the group's query heads.
@@ -405,7 +405,7 @@ def attention_backward_dkdv(
     [B, H * GROUP, query tile, BLOCK_D, BLOCK_M], gets what the block gives to dQ.
     """
     n_n = tl.cdiv(T, BLOCK_N)
-    i_bh, i_n = placed(n_n, n_heads, False)
+    i_bh, i_n = placed(n_n, False, SIDE)
     i_b = i_bh // H
     i_h = i_bh % H
     DTYPE: tl.constexpr = p_dk.dtype if TMA else p_dk.dtype.element_ty
@@ -521,6 +521,7 @@ def _query_gradient(
     Without MASKED every row of the tile that sees a key sees all of these, and all lie below T.
     """
     for i_n in range(i_start, i_end, BLOCK_N):
+        tl.assume(i_n >= 0)  # see _attend in kernel.py
         o_n = i_n + tl.arange(0, BLOCK_N)
         # [BLOCK_N, BLOCK_D]
         b_k = load_rows(p_k, strides_k, i_b, i_hkv, i_n, T, D, BLOCK_N, BLOCK_D, MASKED, WIDEN, TMA)
@@ -546,7 +547,7 @@ def _query_gradient(
     return b_dq
 
 
-@triton.jit(do_not_specialize=["S", "T", "n_heads", "threshold"])
+@triton.jit(do_not_specialize=["S", "T", "threshold"])
 def attention_backward_dq(
     p_q,
     p_k,
@@ -580,7 +581,6 @@ def attention_backward_dq(
     H,
     S,
     T,
-    n_heads,
     scale,
     scale_cap,
     scale_dq,
@@ -598,11 +598,11 @@ def attention_backward_dq(
     WIDEN: tl.constexpr,
     PRECISION: tl.constexpr,
     VECTOR: tl.constexpr,
+    SIDE: tl.constexpr,
     TMA: tl.constexpr,
 ):
     """dQ of one (b, head, query tile)."""
-    n_m = tl.cdiv(S, BLOCK_M)
-    i_bh, i_m = placed(n_m, n_heads, True)
+    i_bh, i_m = placed(tl.cdiv(S, BLOCK_M), True, SIDE)
     i_b = i_bh // H
     i_h = i_bh % H
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -822,11 +822,10 @@ def launch_backward(
         sums = q.new_zeros(B, H, n_m, block_d(D), block_m, dtype=torch.float32)
     padded = {"D": D, "BLOCK_D": block_d(D)}
     visible = {"INTERVALS": intervals, "CAUSAL": causal}
-    group, uneven = H // Hkv, causal or intervals
     switches = {
         **padded,
         **visible,
-        "GROUP": group,
+        "GROUP": H // Hkv,
         "SOFTCAP": softcap is not None,
         "DROPOUT": dropout_p > 0,
         "WIDEN": _triton.must_widen(q.dtype),
@@ -864,8 +863,9 @@ def launch_backward(
                 attention_backward_runs[(n_n * B,)](
                     tiles, runs, S, T, BLOCK_M=block_m, BLOCK_N=block_n, RUNS=RUNS, SEARCH=SEARCH
                 )
+            grid = grid_of(causal or intervals, B * Hkv, n_n, q)
             for outputs in passes:
-                attention_backward_dkdv[(n_n * B * Hkv,)](
+                attention_backward_dkdv[grid](
                     operand(q, over_keys, "BLOCK_M"),
                     operand(k, over_keys, "BLOCK_N"),
                     operand(v, over_keys, "BLOCK_N"),
@@ -886,19 +886,20 @@ def launch_backward(
                     Hkv,
                     S,
                     T,
-                    heads_at_once(uneven, B * Hkv, n_n, 2 * S * D * q.element_size() * group),
                     *scales,
                     RUNS=RUNS if intervals else 2,
                     DK=outputs != "dv",
                     DV=outputs != "dk",
                     DQ=sums is not None,
                     BULK=bulk,
+                    SIDE=len(grid) > 1,
                     **over_keys,
                     **switches,
                 )
         if over_queries is not None:
             n_q = _triton.cdiv(S, over_queries["BLOCK_M"])
-            attention_backward_dq[(n_q * B * H,)](
+            grid = grid_of(causal or intervals, B * H, n_q, k)
+            attention_backward_dq[grid](
                 operand(q, over_queries, "BLOCK_M"),
                 operand(k, over_queries, "BLOCK_N"),
                 operand(v, over_queries, "BLOCK_N"),
@@ -915,8 +916,8 @@ def launch_backward(
                 H,
                 S,
                 T,
-                heads_at_once(uneven, B * H, n_q, 2 * T * D * q.element_size() // group),
                 *scales,
+                SIDE=len(grid) > 1,
                 **over_queries,
                 **switches,
             )

@@ -14,8 +14,6 @@ Source: Dao et al. 2023, "Flash-Decoding for long-context inference"
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
@@ -25,8 +23,10 @@ from mmopt_kernels import _triton
 from mmopt_kernels.attention.tiles import (
     LN_2,
     LOG2_E,
+    PROGRAMS_EACH,
     block_d,
     both_bounds,
+    multiprocessors,
     row_bounds,
     score_scales,
     tanh,
@@ -40,11 +40,6 @@ LEAST_KEYS = 256
 MAX_SPLITS = 128
 # Splits whose outputs the merge adds at once.
 CHUNK = 16
-# Programs for each multiprocessor: as many as an A100 or H100 holds beside each other by the shared
-# memory that `config` takes, so that all splits run at once and none waits for a second round.
-PROGRAMS_EACH = 2
-# Multiprocessors where no GPU says its own: those of an H100 SXM (NVIDIA H100 white paper).
-ASSUMED_MULTIPROCESSORS = 132
 
 
 # S and T change from step to step; specializing on them would recompile.
@@ -255,21 +250,6 @@ def splits(programs: int, T: int, multiprocessors: int) -> int:
     """
     wanted = multiprocessors * PROGRAMS_EACH // max(programs, 1)
     return max(1, min(wanted, T // LEAST_KEYS, MAX_SPLITS))
-
-
-def multiprocessors(device: torch.device) -> int:
-    """Of the GPU that ``device`` names, or of an H100 where there is none to ask."""
-    if device.type != "cuda":
-        return ASSUMED_MULTIPROCESSORS
-    return _multiprocessors_of(device.index)
-
-
-@functools.cache
-def _multiprocessors_of(index: int | None) -> int:
-    # Tensors can be on a GPU that is only assumed: see _triton.assuming.
-    if not torch.cuda.is_available():
-        return ASSUMED_MULTIPROCESSORS
-    return torch.cuda.get_device_properties(index).multi_processor_count
 
 
 def config(dtype: torch.dtype, block_d: int, rows: int, target: str) -> dict[str, int]:

@@ -4,6 +4,8 @@
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable
 
 import torch
@@ -21,27 +23,36 @@ LN_2 = 0.6931471805599453
 # Bytes that the heads which run side by side read again and again, and should find in the L2 cache:
 # what FlashAttention-3 counts on of the 50 MB of an H100.
 L2_SHARE = 32 * 2**20
-# Programs that run at once: two on each of an H200's 132 multiprocessors, or somewhat less.
-AT_ONCE = 256
+# CUDA's limit of the second and the third axis of a grid.
+MOST_PROGRAMS = 65535
+# Programs for each multiprocessor: as many as an A100 or H100 holds beside each other by the shared
+# memory of most tiles.
+PROGRAMS_EACH = 2
+# Multiprocessors where no GPU says its own: those of an H100 SXM (NVIDIA H100 white paper).
+ASSUMED_MULTIPROCESSORS = 132
 
 
 @triton.jit
-def placed(n_tiles, n_heads, LAST_FIRST: tl.constexpr):
-    """This program's (b, head) pair and tile, in the order in which programs are to start.
+def placed(n_tiles, LAST_FIRST: tl.constexpr, SIDE: tl.constexpr):
+    """This program's (b, head) pair and its tile, of a grid that `grid_of` made.
 
-    Programs start one by one as multiprocessors become free, so that the end is even when long ones
-    start first: with a causal mask the last query tiles and the first key blocks. n_heads pairs run
-    side by side, a tile of each, the next of each and so on, then the next n_heads. What is left
-    over of the division comes first, where it costs nothing: pairs are counted from the end.
+    Programs start in the order of their numbers, the first axis fastest, as multiprocessors become
+    free, so that the end is even when long ones start first: with a causal mask the last query
+    tiles and the first key blocks. With SIDE the axes are the pairs that run side by side, their
+    tiles, and groups of such pairs; without it there is one, for one pair after the other.
     """
-    i_p = tl.num_programs(0) - 1 - tl.program_id(0)
-    i_first = i_p // (n_heads * n_tiles) * n_heads
-    n_side = tl.minimum(n_heads, tl.num_programs(0) // n_tiles - i_first)
-    i_p = i_p % (n_heads * n_tiles)
-    i_tile = i_p // n_side
-    if not LAST_FIRST:
-        i_tile = n_tiles - 1 - i_tile
-    return i_first + i_p % n_side, i_tile
+    if SIDE:
+        i_bh = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
+        i_tile = tl.program_id(1)
+        if LAST_FIRST:
+            # The remainder changes nothing but what LLVM knows: that the axis has 16 bits makes it
+            # keep more addresses, which on sm_80 and sm_120 takes 40 registers more of dQ.
+            i_tile = n_tiles - 1 - i_tile % n_tiles
+            tl.assume(i_tile >= 0)
+    else:
+        i_bh = tl.program_id(0) // n_tiles
+        i_tile = tl.program_id(0) % n_tiles
+    return i_bh, i_tile
 
 
 @triton.jit
@@ -239,21 +250,52 @@ def operand(x: Tensor, tile: tuning.Config, rows: str) -> Tensor | TensorDescrip
     return descriptor(x, [1, 1, tile[rows], block_d(x.shape[3])]) if tile["TMA"] else x
 
 
-def heads_at_once(uneven: bool, n_bh: int, n_tiles: int, bytes_each: int) -> int:
-    """What `placed` takes as n_heads: as many as the L2 cache holds, or twice what run anyway.
+def grid_of(uneven: bool, n_bh: int, n_tiles: int, read: Tensor) -> tuple[int, ...]:
+    """The grid of a launch, as `placed` takes it: of three axes for SIDE, of one without.
 
-    With fewer the end stays uneven: by the count of tests/kernels/test_attention_order.py up to 30%
-    of a pass over key blocks are waited for with one head after the other, and 9% like this.
+    Side by side run about as many pairs as the L2 cache holds, or as run anyway twice over. With
+    fewer the end stays uneven: by the count of tests/kernels/test_attention_order.py up to 30% of a
+    pass over key blocks are waited for with one pair after the other, and 9% like this.
 
     Args:
-        uneven: tiles differ in what they cost, by a mask. Else one head follows the other.
+        uneven: tiles differ in what they cost, by a mask. Else the order is of no use.
         n_bh: pairs of sequence and head.
-        n_tiles: of a (b, head) pair, a program each.
-        bytes_each: what all programs of a pair read.
+        n_tiles: of a pair, a program each.
+        read: one of the two tensors, of one size, that the programs of a pair all go through.
     """
-    if not uneven:
-        return 1
-    return min(n_bh, max(1, L2_SHARE // max(1, bytes_each), 2 * AT_ONCE // n_tiles))
+    if uneven and n_tiles <= MOST_PROGRAMS:
+        bytes_each = 2 * read.numel() * read.element_size() // n_bh
+        running = PROGRAMS_EACH * multiprocessors(read.device)
+        side = nearest_divisor(n_bh, max(1, L2_SHARE // max(1, bytes_each), 2 * running // n_tiles))
+        if n_bh // side <= MOST_PROGRAMS:
+            return side, n_tiles, n_bh // side
+    return (n_bh * n_tiles,)
+
+
+@functools.lru_cache(maxsize=1024)
+def nearest_divisor(n: int, wanted: int) -> int:
+    """The divisor of ``n`` that is fewest times as large or as small as ``wanted``.
+
+    Groups are of one size because a rest that comes last is what makes an end uneven.
+    """
+    low = (d for d in range(1, math.isqrt(n) + 1) if n % d == 0)
+    divisors = {one for d in low for one in (d, n // d)}
+    return min(divisors, key=lambda d: (max(d / wanted, wanted / d), d))
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Of the GPU that ``device`` names, or of an H100 where there is none to ask."""
+    if device.type != "cuda":
+        return ASSUMED_MULTIPROCESSORS
+    return _multiprocessors_of(device.index)
+
+
+@functools.cache
+def _multiprocessors_of(index: int | None) -> int:
+    # Tensors can be on a GPU that is only assumed: see _triton.assuming.
+    if not torch.cuda.is_available():
+        return ASSUMED_MULTIPROCESSORS
+    return torch.cuda.get_device_properties(index).multi_processor_count
 
 
 def listed(

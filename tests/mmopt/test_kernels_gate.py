@@ -391,6 +391,15 @@ def test_the_table_fits_80_columns(compiled: list[Any]) -> None:
     ]  # fmt: skip
 
 
+def test_the_table_takes_a_case_whose_name_has_parts(compiled: list[Any]) -> None:
+    compiled[0][0] = kernel(name="attention/one_pass/bf16-d64-causal/attention_backward_dkdv")
+    code, out, _ = run("--target", "sm_100")
+    assert code == 0
+    lines = [line.strip() for line in out.splitlines()]
+    assert "attention/one_pass/bf16-d64-causal" in "".join(lines)  # folded
+    assert any(line.startswith("backward_dkdv ") for line in lines)
+
+
 def test_update_then_check_holds_and_a_spill_then_fails(
     compiled: list[Any], tmp_path: Path
 ) -> None:

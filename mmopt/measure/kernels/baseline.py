@@ -97,8 +97,8 @@ def compare(baseline: Baseline, inspection: Inspection, where: Path) -> Comparis
     for target in inspection.targets:
         recorded = baseline.kernels.get(target, {})
         for name in recorded:
-            # A case that failed as a whole is named by the first two parts.
-            case = (target, "/".join(name.split("/")[:2]))
+            # A case that failed as a whole is named without a kernel.
+            case = (target, name.rsplit("/", 1)[0])
             if (target, name) not in built and not failed & {(target, name), case}:
                 problems.append(_missing(target, name, where))
     for (target, name), kernel in built.items():

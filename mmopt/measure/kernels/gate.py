@@ -303,11 +303,12 @@ def _table(target: str, kernels: Sequence[KernelFigures]) -> Table:
     table.add_column("matrix", no_wrap=True)
     for heading in ("code", "s"):
         table.add_column(heading, justify="right", no_wrap=True)
-    case = ""
+    above = ""
     for kernel in kernels:
-        op, what, name = kernel.name.split("/")
-        if case != f"{op}/{what}":
-            case = f"{op}/{what}"
+        case, name = kernel.name.rsplit("/", 1)
+        op = case.split("/")[0]
+        if case != above:
+            above = case
             table.add_row(Text(case, style="bold"))
         matrix = shown_matrix(kernel.matrix_instructions) if kernel.matrix_instructions else ""
         table.add_row(

@@ -24,7 +24,7 @@ from mmopt.measure.kernels.baseline import (
     write_baseline,
 )
 from mmopt.measure.kernels.rules import Problem, broken_rules
-from mmopt_kernels import InputError
+from mmopt_kernels import InputError, tuning
 from mmopt_kernels.inspection import TARGETS, Failure, Inspection, KernelFigures
 from mmopt_kernels.inspection.occupancy import occupancy
 
@@ -102,6 +102,28 @@ def test_the_committed_kernels_hold(installed: str, targets: tuple[str, ...]) ->
     assert report.inspection.targets == targets
     assert report.comparison is not None
     assert report.comparison.stale == (), "run `make kernels-update`"
+
+
+def test_what_a_table_says_of_its_static_tiles_is_what_is_recorded() -> None:
+    """Of the cases that both have; what is recorded is compiled again, above."""
+    baseline = read_baseline(BASELINE)
+    held = 0
+    for target, kernels in baseline.kernels.items():
+        for entry in tuning.entries(target):
+            why = re.fullmatch(r"triton (.+): (.+) \((.+)\)", entry.provenance.get("why", ""))
+            known = kernels.get(f"attention/{why[3]}/{entry.kernel}") if why else None
+            if why is None or known is None:
+                continue
+            assert entry.config is not None
+            tile = {name: value for name, value in entry.config.items() if name != "SPLIT"}
+            assert tile.items() <= known.config.items()
+            spills = f"spills {known.spilled_bytes} bytes" if known.spilled_bytes else "no spill"
+            shared = -(-known.shared_bytes // 1024)
+            matrix = "+".join(sorted(known.matrix_instructions))
+            assert why[1] == baseline.triton
+            assert why[2] == f"{known.registers} registers, {spills}, {shared} KiB shared, {matrix}"
+            held += 1
+    assert held >= 10
 
 
 @pytest.mark.parametrize("target", TARGETS)

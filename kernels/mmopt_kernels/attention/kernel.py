@@ -76,7 +76,7 @@ def _attend(
     needs it earlier.
     """
     for i_n in range(i_start, i_end, BLOCK_N):
-        # LLVM cannot know it, and without it up to 190 bytes more spill where pointers load.
+        # LLVM does not see it, and takes more registers for pointers without it.
         tl.assume(i_n >= 0)
         o_n = i_n + tl.arange(0, BLOCK_N)
         # [BLOCK_N, BLOCK_D]

@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from mmopt.cli.bench import bench_app
 from mmopt.measure.stored import read_result
 from mmopt.measure.suites import exact
-from mmopt.measure.suites.collection import PYTEST_OPTIONS, is_suite
+from mmopt.measure.suites.collection import PYTEST_OPTIONS, is_suite, pytest_environment
 from mmopt.measure.suites.exact import exact_gate, update_baseline
 from mmopt.measure.suites.figures import Figure, compare_figures, read_figures, write_figures
 from mmopt.measure.suites.plugin import Figures
@@ -77,9 +77,10 @@ def bench(*arguments: str) -> Any:
 
 def pytest_here(*arguments: str) -> subprocess.CompletedProcess[str]:
     """pytest in the current folder, as a user with our options would call it."""
-    clean = {name: value for name, value in os.environ.items() if "XDIST" not in name}
     command = [sys.executable, "-m", "pytest", *PYTEST_OPTIONS, "-q", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=clean)
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, env=pytest_environment()
+    )
 
 
 # --- recording figures ---------------------------------------------------------------------------
@@ -691,3 +692,14 @@ def test_without_pytest_benchmark_the_message_says_what_to_install(
     )
     with pytest.raises(MmoptError, match=r"pytest_benchmark is not installed.*mmopt\[bench\]"):
         run_suites(["bench"])
+
+
+def test_a_pytest_that_times_learns_of_no_xdist_worker_above_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """pytest-benchmark would time nothing in it."""
+    monkeypatch.setenv("PYTEST_XDIST_WORKER", "gw0")
+    monkeypatch.setenv("PYTEST_ADDOPTS", "-x")
+    got = pytest_environment()
+    assert "PYTEST_XDIST_WORKER" not in got
+    assert got["PYTEST_ADDOPTS"] == "-x"

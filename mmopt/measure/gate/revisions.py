@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mmopt.measure.gate.config import GateConfig
+from mmopt.measure.suites.collection import pytest_environment
 from mmopt_export.progress import Progress
 from mmopt_kernels.errors import InputError, MmoptError
 
@@ -49,9 +50,7 @@ class Checkout:
         """The process environment in which this checkout's code is the one imported."""
         before = os.environ.get("PYTHONPATH")
         path = [*map(str, self.sources), *([before] if before else [])]
-        # Within pytest-xdist's workers pytest-benchmark would turn itself off.
-        outer = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST_")}
-        return {**outer, "PYTHONPATH": os.pathsep.join(path)}
+        return {**pytest_environment(), "PYTHONPATH": os.pathsep.join(path)}
 
 
 def repository_root(folder: Path) -> Path:

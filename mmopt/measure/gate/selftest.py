@@ -29,7 +29,7 @@ from mmopt.measure.gate.revisions import git_environment
 from mmopt.measure.gate.run import gate
 from mmopt.measure.gate.store import prepare_store, store_self_test
 from mmopt.measure.statistics import median
-from mmopt.measure.suites.collection import PYTEST_OPTIONS
+from mmopt.measure.suites.collection import PYTEST_OPTIONS, pytest_environment
 from mmopt_export.progress import Progress, silent
 from mmopt_kernels.errors import InputError, MmoptError
 
@@ -326,6 +326,7 @@ def _pytest(root: Path, commit: str, *options: str) -> tuple[str, ...]:
     ran = subprocess.run(
         [sys.executable, "-m", "pytest", "bench", *PYTEST_OPTIONS, *options, "-q"],
         cwd=root,
+        env=pytest_environment(),
         capture_output=True,
         text=True,
         check=False,

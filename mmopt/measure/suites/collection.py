@@ -1,5 +1,6 @@
 """Which files and functions of a suite pytest collects: one answer for every caller."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,6 +22,16 @@ PYTEST_OPTIONS: tuple[str, ...] = (
 `bench_*` functions take pytest-benchmark's `benchmark` fixture and are timed; `exact_*` functions
 take `figures` and count. pytest's own names stay, so that suites of other projects are found.
 """
+
+
+def pytest_environment() -> dict[str, str]:
+    """The environment of a pytest process that times.
+
+    Without the variables of a pytest-xdist worker above it, as of a suite run in a test: with them
+    pytest-benchmark turns itself off.
+    """
+    return {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST_")}
+
 
 BENCHMARK_FIXTURES = frozenset({"benchmark", "benchmark_weave"})
 """A test that takes one of these is timed."""

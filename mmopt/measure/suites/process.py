@@ -1,7 +1,6 @@
 """Run pytest on suites in a process of its own, and say in one message what went wrong."""
 
 import importlib.util
-import os
 import re
 import shlex
 import signal
@@ -11,14 +10,12 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from mmopt.measure.suites.collection import FIGURES_OPTION, PYTEST_OPTIONS
+from mmopt.measure.suites.collection import FIGURES_OPTION, PYTEST_OPTIONS, pytest_environment
 from mmopt.measure.suites.figures import Figure, read_figures
 from mmopt_export.progress import Progress, silent
 from mmopt_kernels.errors import InputError, MmoptError
 
 _PERCENT = re.compile(r"\[\s*(\d+)%\]")
-
-_OF_XDIST = ("PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT", "PYTEST_XDIST_TESTRUNUID")
 
 # Enough for the message of one failure and its place; the command that shows the rest is named.
 _LINES_SHOWN = 12
@@ -178,9 +175,7 @@ def _indented(lines: Sequence[str]) -> str:
 def _watch(command: Sequence[str], what: str, progress: Progress) -> tuple[int, list[str]]:
     """The exit status of a pytest process and the lines of its output."""
     lines = []
-    # Of a pytest above this one (a suite run in a test): pytest-benchmark would time nothing.
-    environment = {name: value for name, value in os.environ.items() if name not in _OF_XDIST}
-    environment["PYTHONUNBUFFERED"] = "1"
+    environment = {**pytest_environment(), "PYTHONUNBUFFERED": "1"}
     with progress(what, 100) as advance:
         process = subprocess.Popen(
             command,

@@ -211,7 +211,7 @@ def test_splits_share_what_is_visible_rather_than_the_cache() -> None:
         q, k, v, lo, hi, acc, most, total, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         1, 1, 1, 1, 1, 1, 4096, n_splits, 0.3, 0.0, GROUP=1, D=16, BLOCK_D=16, BLOCK_M=16,
         BLOCK_N=BLOCK_N, INTERVALS=True, CAUSAL=False, SOFTCAP=False, WIDEN=False,
-        PRECISION="ieee",
+        PRECISION="ieee", VECTOR=1,
     )
     # fmt: on
     s = 0.3 * (q.double() @ k.double().transpose(2, 3))[0, 0, 0, -5 * BLOCK_N :]

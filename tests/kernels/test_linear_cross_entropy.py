@@ -407,9 +407,9 @@ def test_rows_that_do_not_count_cost_nothing_on_a_cpu(monkeypatch: pytest.Monkey
     multiplied = []
     product = chunked._logits
 
-    def counted(h: Tensor, args: chunked.Arguments) -> tuple[Tensor, Tensor | None]:
+    def counted(h: Tensor, args: chunked.Arguments, triton: bool) -> tuple[Tensor, Tensor | None]:
         multiplied.append(h.shape[0])
-        return product(h, args)
+        return product(h, args, triton)
 
     monkeypatch.setattr(chunked, "_logits", counted)
     loss = linear_cross_entropy(x.hidden, x.weight, labels)
@@ -488,6 +488,42 @@ def test_gradients_are_bitwise_equal_from_run_to_run(impl: str) -> None:
     first, second = (torch.autograd.grad(call(x, case, impl), x.leaves()) for _ in range(2))
     for one, other in zip(first, second, strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("features", [{}, {"softcap": 2.0, "label_smoothing": 0.1, "z_loss": 1e-2}])
+def test_what_follows_the_logits_of_a_row_counts_for_nothing(features: dict[str, float]) -> None:
+    """Rows of 50 logits with room for 64, of which the others are NaN, as rows of 50 alone."""
+    kernel = pytest.importorskip("mmopt_kernels.linear_cross_entropy.kernel", reason="Triton")
+    x = inputs(Case(M=3, V=50))
+    plain = {"softcap": None, "label_smoothing": 0.0, "z_loss": 0.0}
+    options = chunked.Options(-100, **(plain | features))
+    alone = torch.randn(3, 50, device=DEVICE)
+    poisoned = torch.full((3, 64), float("nan"), device=DEVICE)
+    poisoned[:, :50] = alone
+    roomy = poisoned[:, :50]
+    weights = torch.tensor([1.0, 0.5, 2.0], device=DEVICE)
+    columns = alone.clone(), poisoned.clone()[:, :50]
+    losses, lse = kernel.launch(alone, x.labels, weights, options, 50)
+    for got, want in zip(
+        kernel.launch(roomy, x.labels, weights, options, 64), (losses, lse), strict=True
+    ):
+        assert torch.equal(got, want)
+    assert torch.equal(roomy, alone)
+    assert alone.abs().sum() > 0
+    for part, room in zip(columns, (50, 64), strict=True):
+        kernel.launch_columns(part, x.labels, weights, lse, options, 0, 50, room)
+        torch.testing.assert_close(part, alone)
+
+
+@pytest.mark.parametrize("triton", [True, False])
+@torch.no_grad()
+def test_logits_of_an_odd_vocabulary_begin_on_16_bytes(triton: bool) -> None:
+    """For the kernel; the others read them as they come."""
+    x = inputs(Case(M=3, V=37, bias=True))
+    for bias in (None, x.bias):
+        made = chunked._layer(x.hidden, x.weight, bias, triton)
+        torch.testing.assert_close(made, linear(x.hidden, x.weight, bias))
+        assert made.stride() == ((48 if triton else 37), 1)
 
 
 @pytest.mark.parametrize("impl", ["chunked", "reference"])

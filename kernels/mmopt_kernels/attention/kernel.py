@@ -31,7 +31,7 @@ from mmopt_kernels.attention.tiles import (
     store_rows,
     strides_of,
     tanh,
-    vector_of,
+    vector_of_rows,
 )
 
 
@@ -281,7 +281,7 @@ def launch(
     threshold, scale_kept = dropout_scales(dropout_p)
     tma = has_tma(_triton.target(q.device)) and describable(q, k, v, out)
     tile = choose("attention_forward", q, T, softcap, dropout_p, tma, config)
-    vector = vector_of(q, k, v, out)
+    vector = vector_of_rows(q, k, v, out)
     grid = grid_of(causal or lo is not None, B * H, _triton.cdiv(S, tile["BLOCK_M"]), k)
     with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]
         attention_forward[grid](

@@ -43,7 +43,7 @@ from mmopt_kernels.attention.tiles import (
     store_rows,
     strides_of,
     tanh,
-    vector_of,
+    vector_of_rows,
 )
 
 # Runs of query tiles kept for a key block. Where bounds never decrease from row to row, two are
@@ -832,7 +832,7 @@ def launch_backward(
         "WIDEN": _triton.must_widen(q.dtype),
         "PRECISION": _triton.dot_precision(),
     }
-    vector = vector_of(q, k, v, grad_out, out, dq, dk, dv)
+    vector = vector_of_rows(q, k, v, grad_out, out, dq, dk, dv)
     switches["VECTOR"] = vector
     strides = [stride for x in (q, k, v, grad_out) for stride in steps(x, vector)]
     with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]

@@ -29,7 +29,10 @@ from mmopt_kernels.attention.tiles import (
     multiprocessors,
     row_bounds,
     score_scales,
+    steps,
+    strides_of,
     tanh,
+    vector_of_rows,
 )
 
 # Rows of a tile, GROUP * S. More of them are work for the ordinary kernel's larger tiles.
@@ -82,6 +85,7 @@ def attention_decode(
     SOFTCAP: tl.constexpr,
     WIDEN: tl.constexpr,
     PRECISION: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):
     """One split of the keys of one (b, key head): maximum, sum and unnormalized output of each row.
 
@@ -119,6 +123,9 @@ def attention_decode(
     i_end = i_start + (n_each + (i_split < more).to(tl.int32)) * BLOCK_N
     i_end = tl.minimum(i_end, i_last)
 
+    stride_qb, stride_qh, stride_qm = strides_of(stride_qb, stride_qh, stride_qm, VECTOR)
+    stride_kb, stride_kh, stride_kn = strides_of(stride_kb, stride_kh, stride_kn, VECTOR)
+    stride_vb, stride_vh, stride_vn = strides_of(stride_vb, stride_vh, stride_vn, VECTOR)
     # [BLOCK_M, BLOCK_D]
     p_qt = p_q + i_b * stride_qb + (i_h * GROUP + o_g)[:, None] * stride_qh
     p_qt += o_m64[:, None] * stride_qm + o_d[None, :]
@@ -189,6 +196,7 @@ def attention_decode_merge(
     MAX_SPLITS: tl.constexpr,
     CHUNK: tl.constexpr,
     SINKS: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):
     """Output and lse of one query, its splits added in their order. H counts query heads."""
     i_row = tl.program_id(0).to(tl.int64)
@@ -226,6 +234,7 @@ def attention_decode_merge(
         b_acc += tl.sum(b_part * b_w[:, None], 0)
     # 0 only in an empty row: its output is then 0 and its lse -inf.
     b_total = tl.where(b_total == 0.0, 1.0, b_total)
+    stride_ob, stride_oh, stride_om = strides_of(stride_ob, stride_oh, stride_om, VECTOR)
     p_ot = p_out + i_b * stride_ob + i_h * stride_oh + i_m * stride_om + o_d
     tl.store(p_ot, (b_acc / b_total).to(p_out.dtype.element_ty), mask=m_d)
     tl.store(p_lse + i_row, (b_top + tl.log2(b_total)) * LN_2)
@@ -293,6 +302,7 @@ def launch_decode(
     if q.numel() == 0:
         return out, lse
     lo, hi, bound_strides = both_bounds(lo, hi, T)
+    vector = vector_of_rows(q, k, v, out)
     n_splits = splits(B * Hkv, T, multiprocessors(q.device))
     # The kernel's rows are those of lse: a group's heads are neighbours.
     acc = q.new_empty(B, H, S, n_splits, D, dtype=torch.float32)
@@ -307,9 +317,7 @@ def launch_decode(
             acc,
             most,
             total,
-            *q.stride()[:3],
-            *k.stride()[:3],
-            *v.stride()[:3],
+            *(stride for x in (q, k, v) for stride in steps(x, vector)),
             *bound_strides,
             Hkv,
             S,
@@ -324,6 +332,7 @@ def launch_decode(
             SOFTCAP=softcap is not None,
             WIDEN=_triton.must_widen(q.dtype),
             PRECISION=_triton.dot_precision(),
+            VECTOR=vector,
             **config(q.dtype, block_d(D), S * (H // Hkv), _triton.target(q.device)),
         )
         attention_decode_merge[(B * H * S,)](
@@ -333,7 +342,7 @@ def launch_decode(
             None if sinks is None else sinks.contiguous(),
             out,
             lse,
-            *out.stride()[:3],
+            *steps(out, vector),
             H,
             S,
             n_splits,
@@ -344,6 +353,7 @@ def launch_decode(
             MAX_SPLITS=MAX_SPLITS,
             CHUNK=CHUNK,
             SINKS=sinks is not None,
+            VECTOR=vector,
             num_warps=1 if D <= 128 else 2,
         )
     return out, lse

@@ -15,7 +15,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mmopt_kernels import _triton, tuning
-from mmopt_kernels._descriptors import describable, descriptor
+from mmopt_kernels._descriptors import descriptor
+from mmopt_kernels._vectors import stride_of, vector_of
 
 LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
@@ -89,12 +90,8 @@ def row_bounds(
 
 @triton.jit
 def strides_of(stride_b, stride_h, stride_n, VECTOR: tl.constexpr):
-    """In elements. VECTOR divides them, which Triton would not see of 72, say: only of 16."""
-    if VECTOR > 1:
-        stride_b = tl.cast(stride_b, tl.int64) * VECTOR
-        stride_h = tl.cast(stride_h, tl.int64) * VECTOR
-        stride_n = tl.cast(stride_n, tl.int64) * VECTOR
-    return stride_b, stride_h, stride_n
+    """In elements, of VECTOR-th parts as `steps` gives them."""
+    return stride_of(stride_b, VECTOR), stride_of(stride_h, VECTOR), stride_of(stride_n, VECTOR)
 
 
 @triton.jit
@@ -224,15 +221,9 @@ def block_d(head_dim: int) -> int:
     return max(16, _triton.next_power_of_2(head_dim))
 
 
-def vector_of(*tensors: Tensor) -> int:
-    """What the kernels take as VECTOR: a number of elements that divides the strides of all.
-
-    1 where Triton finds out enough by itself: it asks of every stride whether 16 divides it.
-    """
-    strides = [stride for x in tensors for stride in steps(x)]
-    if all(stride % 16 == 0 for stride in strides):
-        return 1
-    return 16 // tensors[0].element_size() if describable(*tensors) else 1
+def vector_of_rows(*tensors: Tensor) -> int:
+    """What the kernels take as VECTOR for these tensors ``[B, H, N, D]``, see `vector_of`."""
+    return vector_of(*(stride for x in tensors for stride in steps(x)))
 
 
 def steps(x: Tensor, vector: int = 1) -> list[int]:

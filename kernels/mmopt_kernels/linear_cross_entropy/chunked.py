@@ -33,6 +33,9 @@ GPU_PARTS = 4
 LEAST_ROWS = 256
 # GEMMs like their rows in multiples of a tile's.
 ROWS = 64
+# On a GPU each row of logits has room for whole 16, whatever the vocabulary (GPT-2's has 50257
+# tokens, Whisper's 51865): where rows begin anywhere, no 16 bytes are loaded at once.
+WHOLE = 16
 
 
 class Options(NamedTuple):
@@ -115,12 +118,12 @@ def run(
         rows = slice(start, start + step)
         part = rows if picked is None else picked[rows]
         h = hidden[part]
-        logits, s = _logits(h, args)
+        logits, s = _logits(h, args, triton)
         y, w = labels[part], weights[part] if want and weights is not None else None
         if triton:
             from mmopt_kernels.linear_cross_entropy.kernel import launch  # first Triton import
 
-            losses[part], lse[part] = launch(logits, y, w, options)
+            losses[part], lse[part] = launch(logits, y, w, options, _room(V))
             d = logits
         else:
             losses[part], lse[part], found = _step(logits, y, w, options)
@@ -188,13 +191,13 @@ def gradients_by_columns(
     step = chunk_columns(hidden.shape[0], V)
     for first in range(0, V, step):
         part = slice(first, first + step)
-        d = torch.nn.functional.linear(hidden, weight[part], None if bias is None else bias[part])
+        d = _layer(hidden, weight[part], None if bias is None else bias[part], triton)
         if s is not None and b is not None:
             d.addmm_(s, b[part].t())
         if triton:
             from mmopt_kernels.linear_cross_entropy.kernel import launch_columns  # as above
 
-            launch_columns(d, labels, weights, lse, options, first, V)
+            launch_columns(d, labels, weights, lse, options, first, V, _room(d.shape[1]))
         else:
             d = _step_columns(d, labels, weights, lse, options, first, V).to(hidden.dtype)
         if dhidden is not None:
@@ -218,13 +221,29 @@ def gradients_by_columns(
     return [x for x in (dhidden, dweight, dbias, da, db) if x is not None]
 
 
-def _logits(h: Tensor, args: Arguments) -> tuple[Tensor, Tensor | None]:
+def _logits(h: Tensor, args: Arguments, triton: bool) -> tuple[Tensor, Tensor | None]:
     """``[rows, V]`` in the dtype of h, before softcap, and the adapter's ``[rows, R]``."""
-    logits = torch.nn.functional.linear(h, args.weight, args.bias)
+    logits = _layer(h, args.weight, args.bias, triton)
     if args.a is None or args.b is None:
         return logits, None
     s = h @ args.a.t()
     return logits.addmm_(s, args.b.t()), s
+
+
+def _room(columns: int) -> int:
+    """How many logits a row of so many has room for."""
+    return -(-columns // WHOLE) * WHOLE
+
+
+def _layer(h: Tensor, weight: Tensor, bias: Tensor | None, triton: bool) -> Tensor:
+    """``h weightᵀ + bias``; for the kernel each row has its room, see `_room`."""
+    M, V = h.shape[0], weight.shape[0]
+    if not triton or _room(V) == V:
+        return torch.nn.functional.linear(h, weight, bias)
+    out = h.new_empty(M, _room(V))[:, :V]
+    if bias is None:
+        return torch.mm(h, weight.t(), out=out)
+    return torch.addmm(bias, h, weight.t(), out=out)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

@@ -45,10 +45,12 @@ def cross_entropy(
     p_lse,
     stride_xm,
     V,
+    room,
     ignore_index,
     softcap,
     smoothing,
     z_loss,
+    ROOM: tl.constexpr,
     SOFTCAP: tl.constexpr,
     SMOOTHING: tl.constexpr,
     GRADIENT: tl.constexpr,
@@ -58,6 +60,9 @@ def cross_entropy(
 
     Reads the row twice, the second time mostly from L2 (256 KiB for 128k logits of 16 bits), and
     writes it once. Without GRADIENT it reads it once and writes none of it.
+
+    A row has room for `room` logits, V or more: with ROOM those beyond V are anything, before and
+    after, so that what is moved begins and ends with whole vectors.
     """
     i_m = tl.program_id(0).to(tl.int64)
     p_row = p_x + i_m * stride_xm
@@ -72,9 +77,11 @@ def cross_entropy(
     b_sum = tl.zeros([BLOCK_V], tl.float32)
     for i_v in range(0, V, BLOCK_V):
         o_v = i_v + tl.arange(0, BLOCK_V)
-        b_x = tl.load(p_row + o_v, mask=o_v < V, other=float("-inf")).to(tl.float32)
+        b_x = tl.load(p_row + o_v, mask=o_v < room, other=float("-inf")).to(tl.float32)
         if SOFTCAP:
-            b_x = tl.where(o_v < V, capped(b_x, softcap), float("-inf"))
+            b_x = capped(b_x, softcap)
+        if SOFTCAP or ROOM:
+            b_x = tl.where(o_v < V, b_x, float("-inf"))
         if SMOOTHING:
             b_sum += tl.where(o_v < V, b_x, 0.0)
         b_new = tl.maximum(b_m, b_x)
@@ -100,13 +107,13 @@ def cross_entropy(
         w = tl.load(p_w + i_m)
         for i_v in range(0, V, BLOCK_V):
             o_v = i_v + tl.arange(0, BLOCK_V)
-            b_x = tl.load(p_row + o_v, mask=o_v < V, other=0.0).to(tl.float32)
+            b_x = tl.load(p_row + o_v, mask=o_v < room, other=0.0).to(tl.float32)
             b_d = gradient(
                 b_x, o_v, y, w, lse, V, softcap, smoothing, z_loss, SOFTCAP, SMOOTHING
             )  # fmt: skip
             # Not a product: a row that does not count may hold anything.
             b_d = tl.where(seen, b_d, 0.0)
-            tl.store(p_row + o_v, b_d.to(p_x.dtype.element_ty), mask=o_v < V)
+            tl.store(p_row + o_v, b_d.to(p_x.dtype.element_ty), mask=o_v < room)
 
 
 @triton.jit
@@ -117,7 +124,7 @@ def cross_entropy_columns(
     p_lse,
     stride_xm,
     first,
-    C,
+    room,
     V,
     ignore_index,
     softcap,
@@ -127,21 +134,22 @@ def cross_entropy_columns(
     SMOOTHING: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """C logits of one row, the columns from `first` on, replaced by their gradient.
+    """The logits of one row, its columns from `first` on, replaced by their gradient.
 
-    The log-sum-exp of the whole row is known, so that each is read once and written once.
+    The log-sum-exp of the whole row is known, so that each is read once and written once. A row has
+    room for `room` of them, see `cross_entropy`; what is beyond them becomes anything.
     """
     i_m, i_v = tl.program_id(0).to(tl.int64), tl.program_id(1)
     y = tl.load(p_y + i_m).to(tl.int64)
     w, lse = tl.load(p_w + i_m), tl.load(p_lse + i_m)
     o_c = i_v * BLOCK_V + tl.arange(0, BLOCK_V)
     p_part = p_x + i_m * stride_xm + o_c
-    b_x = tl.load(p_part, mask=o_c < C, other=0.0).to(tl.float32)
+    b_x = tl.load(p_part, mask=o_c < room, other=0.0).to(tl.float32)
     b_d = gradient(
         b_x, first + o_c, y, w, lse, V, softcap, smoothing, z_loss, SOFTCAP, SMOOTHING
     )  # fmt: skip
     b_d = tl.where(y != ignore_index, b_d, 0.0)
-    tl.store(p_part, b_d.to(p_x.dtype.element_ty), mask=o_c < C)
+    tl.store(p_part, b_d.to(p_x.dtype.element_ty), mask=o_c < room)
 
 
 def config(target: str) -> tuning.Config:
@@ -156,11 +164,12 @@ def config(target: str) -> tuning.Config:
 
 
 def launch(
-    logits: Tensor, labels: Tensor, weights: Tensor | None, options: Options
+    logits: Tensor, labels: Tensor, weights: Tensor | None, options: Options, room: int
 ) -> tuple[Tensor, Tensor]:
     """Loss and log-sum-exp of each row, float32 ``[M]``, both 0 for a row that does not count.
 
-    With weights, logits become their gradient.
+    With weights, logits ``[M, V]`` become their gradient. In memory each row has room for ``room``
+    of them, V or more, and what follows its logits there may become anything.
     """
     M, V = logits.shape
     losses, lse = (logits.new_empty(M, dtype=torch.float32) for _ in range(2))
@@ -174,7 +183,9 @@ def launch(
                 lse,
                 logits.stride(0),
                 V,
+                room,
                 options.ignore_index,
+                ROOM=room > V,
                 **_features(options),
                 GRADIENT=weights is not None,
                 **_tile(logits),
@@ -190,8 +201,12 @@ def launch_columns(
     options: Options,
     first: int,
     V: int,
+    room: int,
 ) -> None:
-    """Replace logits ``[M, C]``, the columns from ``first`` on of V, by their gradient."""
+    """Replace logits ``[M, C]``, the columns from ``first`` on of V, by their gradient.
+
+    room: as of `launch`, C or more.
+    """
     M, C = logits.shape
     if M:
         tile = _tile(logits)
@@ -203,7 +218,7 @@ def launch_columns(
                 lse,
                 logits.stride(0),
                 first,
-                C,
+                room,
                 V,
                 options.ignore_index,
                 **_features(options),

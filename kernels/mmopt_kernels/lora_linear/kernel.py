@@ -20,6 +20,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from mmopt_kernels import _triton, tuning
 from mmopt_kernels._descriptors import describable, descriptor, has_tma
 from mmopt_kernels._philox import dropout_scales
+from mmopt_kernels._vectors import stride_of, vector_of
 from mmopt_kernels.dropout.kernel import kept
 
 # Programs that occupy every multiprocessor of a large GPU (132 of an H200) twice. The same on every
@@ -54,6 +55,7 @@ def lora_linear_reduce(
     scale,
     OWN: tl.constexpr,
     ADD: tl.constexpr,
+    VECTOR: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
@@ -62,6 +64,8 @@ def lora_linear_reduce(
     Reads every part and writes out once: 4 (SPLITS + 1) M R bytes in float32. BLOCK_S parts are
     loaded at once, because one after the other would wait for memory as often as there are parts.
     """
+    R = R * VECTOR
+    stride_om = stride_of(stride_om, VECTOR)
     # To int64 before it is multiplied: SPLITS M R may pass 2**31.
     size = tl.cast(M, tl.int64) * R
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -132,6 +136,7 @@ def lora_linear_down(
     DROPOUT: tl.constexpr,
     OWN: tl.constexpr,
     PARTS: tl.constexpr,
+    VECTOR: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -145,6 +150,8 @@ def lora_linear_down(
     where the library reads x, writes dropout(x) and reads that; what it costs is a draw of 67
     integer instructions for four elements (in Triton 3.7.1's code for sm_90).
     """
+    R = R * VECTOR
+    stride_sm = stride_of(stride_sm, VECTOR)
     n_m = tl.cdiv(M, BLOCK_M)
     i_m = tl.program_id(0) % n_m
     i_split = tl.program_id(0) // n_m % SPLITS
@@ -198,6 +205,7 @@ def lora_linear_forward(
     scale,
     BIAS: tl.constexpr,
     TMA: tl.constexpr,
+    VECTOR: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -212,6 +220,9 @@ def lora_linear_forward(
     for the adapter: y is written once and never read, where addmm_ reads and writes it again. With
     TMA x, w and y are descriptors. b is rounded here: a launch less, for a tile of it a program.
     """
+    R = R * VECTOR
+    stride_sm = stride_of(stride_sm, VECTOR)
+    stride_bn = stride_of(stride_bn, VECTOR)
     i_m, i_n = grouped_tile(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
     o_m = i_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     o_n = i_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -370,18 +381,20 @@ def reduce(
 ) -> None:
     """Out ``[M, R]`` from float32 parts ``[splits, M, R]``, for the kernels that made them."""
     number, M, R = parts.shape
+    vector = vector_of(R, out.stride(0))
     lora_linear_reduce[(_triton.cdiv(M * R, REDUCED),)](
         parts,
         adapter_index,
         owner,
         out,
-        out.stride(0),
+        out.stride(0) // vector,
         M,
-        R,
+        R // vector,
         number,
         scale,
         OWN=owner is not None,
         ADD=add,
+        VECTOR=vector,
         BLOCK=REDUCED,
         BLOCK_S=8,
         num_warps=4,
@@ -419,6 +432,7 @@ def down(
     number = splits(programs, _triton.cdiv(K, tile["BLOCK_K"]))
     parts = x.new_empty(number, M, R, dtype=torch.float32) if number > 1 else None
     out = s if parts is None else parts
+    vector = vector_of(R)
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         lora_linear_down[(programs * number,)](
             x,
@@ -429,16 +443,17 @@ def down(
             out,
             x.stride(0),
             a.stride(0),
-            R,
+            R // vector,
             M,
             K,
-            R,
+            R // vector,
             number,
             scale_kept,
             threshold,
             DROPOUT=dropout,
             OWN=owner is not None,
             PARTS=number > 1,
+            VECTOR=vector,
             BLOCK_R=width,
             **operands(x.dtype),
             **tile,
@@ -462,6 +477,7 @@ def up(
     width, tma = block_r(R), allows_tma(x, weight, y)
     tile = shipped_tile("lora_linear_forward", x, width, M, tma=tma) or config(x.dtype, M)
     grid = (_triton.cdiv(M, tile["BLOCK_M"]) * _triton.cdiv(N, tile["BLOCK_N"]),)
+    vector = vector_of(R, s.stride(0), b.stride(0))
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         lora_linear_forward[grid](
             described(x, tile, "BLOCK_M", "BLOCK_K"),
@@ -472,15 +488,16 @@ def up(
             described(y, tile, "BLOCK_M", "BLOCK_N"),
             x.stride(0),
             *weight.stride(),
-            s.stride(0),
-            b.stride(0),
+            s.stride(0) // vector,
+            b.stride(0) // vector,
             y.stride(0),
             M,
             N,
             K,
-            R,
+            R // vector,
             scale,
             BIAS=bias is not None,
+            VECTOR=vector,
             BLOCK_R=width,
             **operands(x.dtype),
             **tile,

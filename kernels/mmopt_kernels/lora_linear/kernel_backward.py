@@ -21,6 +21,7 @@ from torch import Tensor
 
 from mmopt_kernels import _triton, tuning
 from mmopt_kernels._philox import dropout_scales
+from mmopt_kernels._vectors import stride_of, vector_of
 from mmopt_kernels.dropout.kernel import kept
 from mmopt_kernels.lora_linear.kernel import (
     allows_tma,
@@ -65,6 +66,7 @@ def lora_linear_up_backward(
     DB: tl.constexpr,
     OWN: tl.constexpr,
     PARTS: tl.constexpr,
+    VECTOR: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -78,6 +80,10 @@ def lora_linear_up_backward(
     bytes for each element of dy. Below the size of an element, which is what the second read would
     be, it pays: in 16 bits R < BLOCK_M / 4. Parts of ds, where N is split, are 8 SPLITS R / N.
     """
+    R = R * VECTOR
+    stride_sm = stride_of(stride_sm, VECTOR)
+    stride_bn = stride_of(stride_bn, VECTOR)
+    stride_dsm = stride_of(stride_dsm, VECTOR)
     n_m = tl.cdiv(M, BLOCK_M)
     i_m = tl.program_id(0) % n_m
     i_split = tl.program_id(0) // n_m % SPLITS
@@ -133,6 +139,7 @@ def lora_linear_down_backward(
     threshold,
     DROPOUT: tl.constexpr,
     PARTS: tl.constexpr,
+    VECTOR: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -144,6 +151,8 @@ def lora_linear_down_backward(
     One read of x for each BLOCK_R of the ranks, M K elements, and of ds for each BLOCK_K columns,
     from L2. Parts of da are SPLITS K R float32, small beside x while SPLITS R is beside M.
     """
+    R = R * VECTOR
+    stride_dsm = stride_of(stride_dsm, VECTOR)
     n_k = tl.cdiv(K, BLOCK_K)
     i_k = tl.program_id(0) % n_k * BLOCK_K
     i_split = tl.program_id(0) // n_k % SPLITS
@@ -194,6 +203,7 @@ def _through_down(
     scale_kept,
     threshold,
     DROPOUT: tl.constexpr,
+    VECTOR: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -201,6 +211,8 @@ def _through_down(
     PRECISION: tl.constexpr,
 ):
     """keep / (1 - p) (ds a): [BLOCK_M, BLOCK_K] in float32."""
+    R = R * VECTOR
+    stride_dsm = stride_of(stride_dsm, VECTOR)
     m_m = o_m < M
     m_k = o_k < K
     b_dx = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
@@ -243,6 +255,7 @@ def lora_linear_input_backward(
     threshold,
     DROPOUT: tl.constexpr,
     TMA: tl.constexpr,
+    VECTOR: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -268,7 +281,7 @@ def lora_linear_input_backward(
     # fmt: off
     b_dx = _through_down(
         p_ds, p_a, stride_dsm, stride_ar, o_m, o_k, i_k, M, K, R, seed, scale_kept, threshold,
-        DROPOUT, BLOCK_M, BLOCK_K, BLOCK_R, WIDEN, PRECISION,
+        DROPOUT, VECTOR, BLOCK_M, BLOCK_K, BLOCK_R, WIDEN, PRECISION,
     )
     # fmt: on
     for i_n in range(0, N, BLOCK_N):
@@ -309,6 +322,7 @@ def lora_linear_add(
     scale_kept,
     threshold,
     DROPOUT: tl.constexpr,
+    VECTOR: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -333,7 +347,7 @@ def lora_linear_add(
     # fmt: off
     b_dx = _through_down(
         p_ds, p_a, stride_dsm, stride_ar, o_m, o_k, i_k, M, K, R, seed, scale_kept, threshold,
-        DROPOUT, BLOCK_M, BLOCK_K, BLOCK_R, WIDEN, PRECISION,
+        DROPOUT, VECTOR, BLOCK_M, BLOCK_K, BLOCK_R, WIDEN, PRECISION,
     )
     # fmt: on
     b_dx += b_old.to(tl.float32)
@@ -429,6 +443,7 @@ def _up_backward_rows(
     number = splits(programs, _triton.cdiv(N, tile["BLOCK_N"]))
     parts = dy.new_empty(number, M, R, dtype=torch.float32) if number > 1 else None
     db_parts = None if db is None else dy.new_empty(n_m, N, R, dtype=torch.float32)
+    vector = vector_of(R, s.stride(0), b.stride(0), ds.stride(0))
     with torch.cuda.device_of(dy):  # type: ignore[no-untyped-call]
         lora_linear_up_backward[(programs * number,)](
             dy,
@@ -439,17 +454,18 @@ def _up_backward_rows(
             ds if parts is None else parts,
             db_parts,
             dy.stride(0),
-            s.stride(0),
-            b.stride(0),
-            ds.stride(0),
+            s.stride(0) // vector,
+            b.stride(0) // vector,
+            ds.stride(0) // vector,
             M,
             N,
-            R,
+            R // vector,
             number,
             scale,
             DB=db is not None,
             OWN=owner is not None,
             PARTS=parts is not None,
+            VECTOR=vector,
             BLOCK_R=width,
             **operands(dy.dtype),
             **tile,
@@ -481,22 +497,24 @@ def down_backward(ds: Tensor, x: Tensor, seed: Tensor | None, dropout_p: float) 
     programs = _triton.cdiv(K, tile["BLOCK_K"]) * _triton.cdiv(R, width)
     number = splits(programs, _triton.cdiv(M, tile["BLOCK_M"]))
     parts = x.new_empty(number, R, K, dtype=torch.float32) if number > 1 else None
+    vector = vector_of(R, ds.stride(0))
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         lora_linear_down_backward[(programs * number,)](
             ds,
             x,
             seed,
             da if parts is None else parts,
-            ds.stride(0),
+            ds.stride(0) // vector,
             x.stride(0),
             M,
             K,
-            R,
+            R // vector,
             number,
             scale_kept,
             threshold,
             DROPOUT=dropout,
             PARTS=parts is not None,
+            VECTOR=vector,
             BLOCK_R=width,
             **operands(x.dtype),
             **tile,
@@ -521,6 +539,7 @@ def input_backward(
     )
     threshold, scale_kept = dropout_scales(dropout_p)
     grid = (_triton.cdiv(M, tile["BLOCK_M"]) * _triton.cdiv(K, tile["BLOCK_K"]),)
+    vector = vector_of(R, ds.stride(0))
     with torch.cuda.device_of(dy):  # type: ignore[no-untyped-call]
         lora_linear_input_backward[grid](
             described(dy, tile, "BLOCK_M", "BLOCK_N"),
@@ -531,15 +550,16 @@ def input_backward(
             described(dx, tile, "BLOCK_M", "BLOCK_K"),
             dy.stride(0),
             *weight.stride(),
-            ds.stride(0),
+            ds.stride(0) // vector,
             a.stride(0),
             M,
             N,
             K,
-            R,
+            R // vector,
             scale_kept,
             threshold,
             DROPOUT=dropout,
+            VECTOR=vector,
             BLOCK_R=width,
             **operands(dy.dtype),
             **tile,
@@ -558,6 +578,7 @@ def add_masked_(dx: Tensor, ds: Tensor, a: Tensor, seed: Tensor | None, dropout_
     tile = shipped_tile("lora_linear_add", dx, width, M, dropout) or config_add(dx.dtype)
     threshold, scale_kept = dropout_scales(dropout_p)
     grid = (_triton.cdiv(M, tile["BLOCK_M"]) * _triton.cdiv(K, tile["BLOCK_K"]),)
+    vector = vector_of(R, ds.stride(0))
     with torch.cuda.device_of(dx):  # type: ignore[no-untyped-call]
         lora_linear_add[grid](
             dx,
@@ -565,14 +586,15 @@ def add_masked_(dx: Tensor, ds: Tensor, a: Tensor, seed: Tensor | None, dropout_
             a,
             seed,
             dx.stride(0),
-            ds.stride(0),
+            ds.stride(0) // vector,
             a.stride(0),
             M,
             K,
-            R,
+            R // vector,
             scale_kept,
             threshold,
             DROPOUT=dropout,
+            VECTOR=vector,
             BLOCK_R=width,
             **operands(dx.dtype),
             **tile,

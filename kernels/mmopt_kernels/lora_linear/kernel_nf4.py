@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mmopt_kernels import _triton, tuning
+from mmopt_kernels._vectors import stride_of, vector_of
 from mmopt_kernels.dequantize_nf4.kernel import block_scale
 from mmopt_kernels.lora_linear.kernel import block_r, operands, reduce, unit_rows
 from mmopt_kernels.quantized import NESTED_BLOCKSIZE, NF4Weight, flatten
@@ -157,6 +158,7 @@ def lora_linear_nf4(
     NESTED_BLOCKSIZE: tl.constexpr,
     WORDS: tl.constexpr,
     ALIGNED: tl.constexpr,
+    VECTOR: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -176,6 +178,9 @@ def lora_linear_nf4(
     the weight has them; and the weight, which is made in registers, may stay there as their first
     operand.
     """
+    R = R * VECTOR
+    stride_sm = stride_of(stride_sm, VECTOR)
+    stride_bn = stride_of(stride_bn, VECTOR)
     n_n = tl.cdiv(N, BLOCK_N)
     i_n = tl.program_id(0) % n_n
     i_split = tl.program_id(0) // n_n
@@ -301,6 +306,7 @@ def up_nf4(
     number = max(1, number)
     parts = x.new_empty(number, M, N, dtype=torch.float32) if number > 1 else None
     out = y if parts is None else parts
+    vector = vector_of(R, s.stride(0), b.stride(0))
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         lora_linear_nf4[(programs * number,)](
             x,
@@ -316,13 +322,13 @@ def up_nf4(
             out,
             x.stride(0),
             K // 8,
-            s.stride(0),
-            b.stride(0),
+            s.stride(0) // vector,
+            b.stride(0) // vector,
             N,
             M,
             N,
             K,
-            R,
+            R // vector,
             number,
             scale,
             BIAS=bias is not None,
@@ -332,6 +338,7 @@ def up_nf4(
             NESTED_BLOCKSIZE=NESTED_BLOCKSIZE,
             WORDS=words,
             ALIGNED=aligned,
+            VECTOR=vector,
             BLOCK_M=rows,
             BLOCK_R=block_r(R),
             num_stages=1,

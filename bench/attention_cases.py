@@ -109,6 +109,9 @@ GPU = (
     Case("vit-577-d72", "full", 32, 16, 16, 577, D=72, dtype=_GPU),
     Case("vit-1024-d80", "full", 32, 16, 16, 1024, D=80, dtype=_GPU),
     Case("decode-16k", "full", 8, 32, 4, 1, D=128, T=16384, dtype=_GPU),
+    # OpenLLaMA 3B: 8 does not divide the length of a row.
+    Case("padded-d100-2k", "padded", 8, 32, 32, 2048, D=100, dtype=_GPU),
+    Case("decode-d100-2k", "full", 8, 32, 32, 1, D=100, T=2048, dtype=_GPU),
 )
 
 

@@ -56,6 +56,7 @@ GPU = (
     Case("llama-8b-trained", 8192, 4096, 128256, trained=True, dtype=torch.bfloat16),
     Case("llama-8b-2k", 2048, 4096, 128256, dtype=torch.bfloat16),
     Case("qwen-vl-7b", 8192, 3584, 152064, dtype=torch.bfloat16),
+    Case("internvl2-8b", 8192, 4096, 92553, dtype=torch.bfloat16),  # an odd vocabulary
     Case("gemma2-9b", 4096, 3584, 256000, softcap=30.0, dtype=torch.bfloat16),
 )
 

@@ -100,7 +100,8 @@ def cross_entropy(rows: int, vocabulary: int) -> Launch:
         logits = _drawn(device, rows, vocabulary)
         labels = torch.arange(rows, device=device) % vocabulary
         options = Options(-100, None, 0.0, 0.0)
-        return lambda: kernel.launch(logits, labels, torch.ones(rows, device=device), options)
+        weights = torch.ones(rows, device=device)
+        return lambda: kernel.launch(logits, labels, weights, options, logits.shape[1])
 
     return Launch("cross_entropy", f"{rows}x{vocabulary}", make)
 
